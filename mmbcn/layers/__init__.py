@@ -1,0 +1,16 @@
+"""Normalization and convolution layers, registered with mmengine where it is installed."""
+
+from mmbcn.layers.bcn import BCN, BatchChannelNorm, MicroBCN, SyncBCN
+from mmbcn.layers.conv_ws import WSConv2d
+from mmbcn.layers.relatives import AffineInstanceNorm, AutoGroupNorm, FrozenBN
+
+__all__ = [
+    "BCN",
+    "AffineInstanceNorm",
+    "AutoGroupNorm",
+    "BatchChannelNorm",
+    "FrozenBN",
+    "MicroBCN",
+    "SyncBCN",
+    "WSConv2d",
+]

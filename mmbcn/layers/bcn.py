@@ -1,0 +1,307 @@
+"""Batch-Channel Normalization: batch knowledge first, then a group normalization.
+
+Paper: Qiao, Wang, Liu, Shen, Yuille, "Rethinking Normalization and Elimination Singularity in
+Neural Networks", 2019, https://arxiv.org/abs/1911.09738
+Deviations: groups that do not divide the channels are refused (the authors' view would mix
+samples); BCN falls back to its running estimates for one value per channel; MicroBCN warms up.
+
+Shapes: x (N, C, ...), any number of positions M >= 1; batch stage (C,); group stage (G,).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmbcn.layers.foreign_state import adopt_state
+from mmbcn.layers.groups import resolve_num_groups
+from mmbcn.layers.init_guard import apply_keeping_alive
+from mmbcn.layers.recompute import StatisticsMemory, in_backward
+from mmbcn.ops import batch_channel_norm, batch_moments, share_moments
+from mmbcn.registry import register_norm
+
+
+class BatchChannelNorm(nn.GroupNorm):
+    """What the batch-channel norms share; use `BCN`, `MicroBCN` or `SyncBCN`.
+
+    ``weight`` and ``bias`` (num_groups,) are the group stage's affine; ``bn`` holds the batch
+    stage. It is a BatchNorm so that what mm code does to BatchNorms (``norm_eval``, freezing,
+    ``convert_sync_batchnorm``) reaches it, and its *type* says whether ranks share statistics. A
+    GroupNorm outside, because what replaces or fuses BatchNorms must not drop the group stage.
+    Subclasses name ``nn.GroupNorm`` among their bases again: mmengine's initializers look at the
+    direct bases only.
+    """
+
+    _abbr_ = "bn"  # attributes are bn1, bn2, ..., as in the checkpoints of BN networks
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | str = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(
+                f"momentum is the weight of the new value, in [0, 1] (None: the mean of all "
+                f"batches), got {momentum}"
+            )
+        num_groups = resolve_num_groups(num_groups, num_features)
+        super().__init__(num_groups, num_features, eps, affine=False)
+        self.affine = True
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(num_groups))
+        self.bias = nn.Parameter(torch.zeros(num_groups))
+        if sync:
+            self.bn = nn.SyncBatchNorm(num_features, eps, momentum, process_group=process_group)
+        else:
+            self.bn = nn.BatchNorm2d(num_features, eps, momentum)
+        self._memory = StatisticsMemory()
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new value in the running estimates; the batch stage's, schedulable."""
+        return self.bn.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self.bn.momentum = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} expects (N, {self.num_features}, ...), "
+                f"got shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__} expects a floating-point input, got {x.dtype}")
+        mean, var = self._statistics(x) if self.bn.training else self._estimates()
+        return batch_channel_norm(
+            x,
+            mean,
+            var,
+            self.bn.weight,
+            self.bn.bias,
+            self.weight,
+            self.bias,
+            self.num_groups,
+            self.bn.eps,
+            self.eps,
+        )
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance for the batch stage in training; updates the running estimates."""
+        raise NotImplementedError
+
+    def _estimates(self) -> tuple[Tensor, Tensor]:
+        return self.bn.running_mean, self.bn.running_var
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return getattr(self.bn, "process_group", None)
+
+    def _is_sync(self) -> bool:
+        """Whether statistics are shared: ``bn`` may have been converted, to torch's or mmcv's."""
+        return (
+            type(self.bn).__name__ == "SyncBatchNorm"
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size(self._group()) > 1
+        )
+
+    def _fixed_estimates(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimates as they are now; in a recomputation, as its first pass saw them."""
+        key = key.detach()
+        if in_backward():
+            return self._memory.recall(key) or self._estimates()
+        mean, var = (value.clone() for value in self._estimates())
+        self._memory.remember(key, mean, var)
+        return mean, var
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, rate: float | Tensor) -> None:
+        for running, value in zip(self._estimates(), (mean, var), strict=True):
+            weight = rate.to(value) if isinstance(rate, Tensor) else rate
+            running.copy_(torch.lerp(running.to(value.dtype), value, weight))
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "BatchChannelNorm":
+        """Apply ``fn``; one that zeroes both stages' scales leaves the batch stage's at one."""
+        apply_keeping_alive(super().apply, fn, lambda: [self.bn.weight, self.weight])
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchChannelNorm":
+        self._memory.clear()  # it would stay behind on the old device or dtype
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        adopt_state(state_dict, prefix, self.num_groups, self.bn)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Channels, groups and eps."""
+        return f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}"
+
+
+@register_norm
+class BCN(BatchChannelNorm, nn.GroupNorm):
+    """Batch-Channel Normalization for batches that estimate their own statistics well.
+
+    ``z = g_b (x - mu) / sqrt(var + eps) + b_b`` per channel, with the batch's biased mean and
+    variance over (N, positions) in training, through which gradients flow, and the running
+    estimates in eval. Then ``y = g (z - m) / sqrt(v + eps) + b`` per sample and group of channels,
+    on the sample's own biased statistics, in eval too. Statistics are computed in float32
+    (float64 for float64 inputs). ``running_var`` follows the unbiased variance, as in
+    ``nn.BatchNorm2d``. Each rank uses its own batch; `SyncBCN` shares.
+
+    One value per channel (N M = 1: DeepLabV3's image pooling at batch size 1) has no variance:
+    such a call uses the running estimates, and leaves them as they are, instead of raising.
+
+    A recomputed pass (activation checkpointing) updates nothing.
+
+    Args:
+        num_features: channels C.
+        num_groups: groups G; an int must divide C. ``'auto'`` takes 32 where that leaves two
+            channels a group, else the largest divisor of C below that does.
+        eps: added to the variance in both stages.
+        momentum: weight of the *new* value in the running estimates; None: the mean of all.
+
+    Shape: (N, C, ...) -> same
+
+    Raises:
+        ValueError: the groups do not divide the channels, or the input has another shape.
+
+    Reference: Qiao et al. 2019, https://arxiv.org/abs/1911.09738
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | str = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__(num_features, num_groups, eps, momentum)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var, count = batch_moments(x)
+        if self._is_sync():
+            mean, var, count = share_moments(mean, var, count, self._group())
+        elif count <= 1:
+            return self._fixed_estimates(mean)
+        usable = count > 1  # with shared statistics a 0-d tensor, like the count
+        if not in_backward():
+            self.bn.num_batches_tracked += usable
+            rate = self.momentum
+            if rate is None:
+                rate = 1 / self.bn.num_batches_tracked.clamp(min=1)
+            unbiased = var * (count / (count - usable))
+            self._update(mean, unbiased, rate * usable)
+        if isinstance(usable, Tensor):
+            running = self._estimates()
+            mean = torch.where(usable, mean, running[0].to(mean))
+            var = torch.where(usable, var, running[1].to(var))
+        return mean, var
+
+
+@register_norm
+class SyncBCN(BCN, nn.GroupNorm):
+    """BCN whose batch statistics are those of all ranks' samples together.
+
+    In training, moments are combined over the process group (each rank counts with its own number
+    of values, which may differ) and gradients flow back to every rank, as in
+    ``nn.SyncBatchNorm``: the ranks together compute what one `BCN` computes on the whole batch.
+    The group stage is per sample and needs no exchange. Works on any backend, gloo on CPUs too;
+    without a process group of more than one rank it is `BCN`.
+
+    Args:
+        num_features: channels C.
+        num_groups: groups G; an int must divide C; or ``'auto'``, see `BCN`.
+        eps: added to the variance in both stages.
+        momentum: weight of the *new* value in the running estimates; None: the mean of all.
+        process_group: the ranks that share statistics; None: all.
+
+    Shape: (N, C, ...) -> same; N may differ between ranks, and be 0
+
+    Reference: Qiao et al. 2019, https://arxiv.org/abs/1911.09738
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | str = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        BatchChannelNorm.__init__(
+            self, num_features, num_groups, eps, momentum, sync=True, process_group=process_group
+        )
+
+
+@register_norm
+class MicroBCN(BatchChannelNorm, nn.GroupNorm):
+    """Batch-Channel Normalization for micro batches: running estimates in training too.
+
+    A training step first moves the estimates, without gradient and in this order:
+    ``v = mean((x - running_mean)^2)`` around the *old* estimate, biased;
+    ``running_mean += r (batch mean - running_mean)``; ``running_var += r (v - running_var)``. It
+    then normalizes with the *updated* estimates, which are constants in backward: gradients reach
+    x and both affines. Eval uses the estimates as they are. They start at 0 and 1. The second
+    stage is `BCN`'s. One value per channel, or one sample, is no special case.
+
+    A recomputed pass (activation checkpointing) updates nothing and sees the estimates that its
+    first pass saw, found by its batch mean among the latest 16 passes.
+
+    Args:
+        num_features: channels C.
+        num_groups: groups G; an int must divide C; or ``'auto'``, see `BCN`.
+        eps: added to the variance in both stages.
+        momentum: the update rate r, the weight of the *new* value; may be changed while training.
+        warmup: at step t = 0, 1, ... use ``max(momentum, 1 / (t + 1))``, so that the estimates
+            are of use from the first step on.
+        sync: share each step's moments over all ranks.
+
+    Shape: (N, C, ...) -> same
+
+    Raises:
+        ValueError: the groups do not divide the channels, or the input has another shape.
+
+    Reference: Qiao et al. 2019, "Micro-Batch BCN", https://arxiv.org/abs/1911.09738
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | str = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        warmup: bool = True,
+        sync: bool = False,
+    ) -> None:
+        super().__init__(num_features, num_groups, eps, momentum, sync)
+        self.warmup = warmup
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var, count = batch_moments(x)
+        key = mean
+        if not in_backward():
+            if self._is_sync():
+                mean, var, count = share_moments(mean, var, count, self._group())
+            around_old = var + (mean - self.bn.running_mean.to(mean)).square()
+            self._update(mean, around_old, self._rate(mean) * (count > 0))
+            self.bn.num_batches_tracked += count > 0
+        return self._fixed_estimates(key)
+
+    def _rate(self, like: Tensor) -> float | Tensor:
+        if self.momentum is not None and not self.warmup:
+            return self.momentum
+        return (1 / (self.bn.num_batches_tracked.to(like) + 1)).clamp(min=self.momentum or 0.0)
+
+    def extra_repr(self) -> str:
+        """The base's, and the warm-up."""
+        return f"{super().extra_repr()}, warmup={self.warmup}"

@@ -1,0 +1,105 @@
+"""The plain relatives that the named normalizations need and torch lacks in this form."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mmbcn.layers.groups import resolve_num_groups
+from mmbcn.layers.init_guard import apply_keeping_alive
+from mmbcn.registry import register_norm
+
+
+@register_norm
+class AutoGroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that finds its own number of groups.
+
+    Args:
+        num_features: channels C.
+        num_groups: an int, or ``'auto'``: 32 where it divides C and leaves two channels a group,
+            else the largest divisor below that does.
+        eps: added to the variance.
+
+    Shape: (N, C, ...) -> same
+
+    Reference: Wu and He 2018, https://arxiv.org/abs/1803.08494
+    """
+
+    _abbr_ = "gn"
+
+    def __init__(self, num_features: int, num_groups: int | str = "auto", eps: float = 1e-5):
+        super().__init__(resolve_num_groups(num_groups, num_features), num_features, eps)
+
+
+@register_norm
+class AffineInstanceNorm(nn.GroupNorm):
+    """Instance normalization with affine: each channel of each sample by its own statistics.
+
+    One value per channel (DeepLabV3's image pooling) gives the bias; ``nn.InstanceNorm2d`` raises.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance.
+
+    Shape: (N, C, ...) -> same
+
+    Reference: Ulyanov, Vedaldi and Lempitsky 2016, https://arxiv.org/abs/1607.08022
+    """
+
+    _abbr_ = "in"
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, num_features, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize; the functional form has no check that refuses one value per channel."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+@register_norm
+class FrozenBN(nn.Module):
+    """BatchNorm with fixed statistics and affine: buffers only, nothing trains, in any mode.
+
+    State-dict names are ``nn.BatchNorm2d``'s, so checkpoints of BN networks load.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance.
+
+    Shape: (N, C, ...) -> same
+    """
+
+    _abbr_ = "bn"
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "FrozenBN":
+        """Apply ``fn``, but never let an initializer leave a weight of zero: it could not grow."""
+        apply_keeping_alive(super().apply, fn, lambda: [self.weight])
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize with the stored statistics."""
+        return torch.batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            False,
+            0.0,
+            self.eps,
+            torch.backends.cudnn.enabled,
+        )
+
+    def extra_repr(self) -> str:
+        """Channels and eps."""
+        return f"{self.num_features}, eps={self.eps}"

@@ -1,0 +1,308 @@
+"""The named normalizations, and the two switches: on a config and on a built module.
+
+A name is a normalization, with ``_ws`` behind it where every convolution that a norm follows is
+weight-standardized too (Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
+"""
+
+import inspect
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mmbcn.errors import UsageError
+from mmbcn.layers import (
+    BCN,
+    AffineInstanceNorm,
+    AutoGroupNorm,
+    BatchChannelNorm,
+    FrozenBN,
+    MicroBCN,
+    SyncBCN,
+    WSConv2d,
+)
+
+Cfg = TypeVar("Cfg", bound=dict)
+
+# name -> (norm_cfg, the class that it builds)
+_NORMS: dict[str, tuple[dict[str, Any], type[nn.Module]]] = {
+    "bn": (dict(type="BN"), nn.BatchNorm2d),
+    "syncbn": (dict(type="SyncBN"), nn.SyncBatchNorm),
+    "frozen_bn": (dict(type="mmbcn.FrozenBN"), FrozenBN),
+    "gn": (dict(type="mmbcn.AutoGroupNorm"), AutoGroupNorm),
+    "ln": (dict(type="mmbcn.AutoGroupNorm", num_groups=1), AutoGroupNorm),
+    "in": (dict(type="mmbcn.AffineInstanceNorm"), AffineInstanceNorm),
+    "bcn": (dict(type="mmbcn.BCN", num_groups="auto"), BCN),
+    "microbcn": (dict(type="mmbcn.MicroBCN", num_groups="auto"), MicroBCN),
+    "syncbcn": (dict(type="mmbcn.SyncBCN", num_groups="auto"), SyncBCN),
+}
+_WS = "_ws"
+_WS_CFG = dict(type="mmbcn.WSConv2d")
+_PLAIN_CONVS = ("Conv2d", "Conv", "ConvWS", "WSConv2d")  # what conv_cfg may say and be switched
+_TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: not ours to switch
+_NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
+_SCOPES = ("mmseg", "mmdet", "mmpretrain")
+
+
+def norm_names() -> list[str]:
+    """The names that `set_norm`, `convert_norm` and ``--norm`` know."""
+    return [name + suffix for name in _NORMS for suffix in ("", _WS)]
+
+
+def _check_name(name: str) -> tuple[str, bool]:
+    """Split a name into the normalization and whether weights are standardized."""
+    if name not in norm_names():
+        close = get_close_matches(str(name).lower(), norm_names(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"unknown norm {name!r}{hint} Known: {', '.join(norm_names())}")
+    return name.removesuffix(_WS), name.endswith(_WS)
+
+
+# --- configs -------------------------------------------------------------------------------------
+
+
+def set_norm(model_cfg: Cfg, name: str) -> Cfg:
+    """Switch a config's normalization, and its convolutions where the name ends in ``_ws``.
+
+    Replaces every ``norm_cfg`` (as a whole, so no key of the old one stays), at any depth, in
+    lists too, and adds one where a component's class would build a BatchNorm without being told.
+    ``norm_cfg=None`` stays, and so do the LayerNorms of transformers. ``conv_cfg`` becomes
+    `WSConv2d` beside each of them, or plain again. The final classifier never is: mm heads build
+    it as ``nn.Conv2d``.
+
+    Args:
+        model_cfg: the ``model`` of a config, changed in place.
+        name: one of `norm_names`.
+
+    Returns:
+        ``model_cfg``
+
+    Raises:
+        TypeError: ``model_cfg`` is no dict.
+        UsageError: the name is unknown, nothing was found to switch, or a component cannot
+            standardize weights (it takes no ``conv_cfg``, or uses another convolution).
+
+    Example::
+
+        _base_ = './deeplabv3_r50_bn_40k_cityscapes-512x1024.py'
+        from mmbcn import set_norm
+        model = set_norm(_base_.model, 'bcn')
+    """
+    base, ws = _check_name(name)
+    if not isinstance(model_cfg, dict):
+        raise TypeError(f"set_norm expects the model dict of a config, got {type(model_cfg)}")
+    places = list(_find_norm_cfgs(model_cfg, "model"))
+    if not places:
+        raise UsageError(
+            "set_norm found no norm_cfg to switch in this config, and no component that would "
+            "build a BatchNorm by default; is it the `model` of a config?"
+        )
+    conv_cfgs = [_new_conv_cfg(holder, path, ws, name) for holder, path in places]
+    for (holder, _), conv_cfg in zip(places, conv_cfgs, strict=True):
+        new = [type(holder)(**_NORMS[base][0], requires_grad=True) for _ in _as_list(holder)]
+        holder["norm_cfg"] = new if isinstance(holder.get("norm_cfg"), list) else new[0]
+        if conv_cfg is not None or holder.get("conv_cfg") is not None:
+            holder["conv_cfg"] = conv_cfg
+    return model_cfg
+
+
+def _as_list(holder: dict[str, Any]) -> list[Any]:
+    norm_cfg = holder.get("norm_cfg")
+    return norm_cfg if isinstance(norm_cfg, list) else [norm_cfg]
+
+
+def _find_norm_cfgs(node: Any, path: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """All dicts whose norm is to be switched, with their places in the config."""
+    if isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            yield from _find_norm_cfgs(item, f"{path}[{i}]")
+    if not isinstance(node, dict):
+        return
+    if "norm_cfg" in node:
+        types = [_type_name(c) for c in _as_list(node) if isinstance(c, dict)]
+        if types and not any(t in _TOKEN_NORMS for t in types):
+            yield node, path
+    elif "type" in node:
+        default = _parameter(_find_class(node["type"]), "norm_cfg")
+        if isinstance(default, dict) and "BN" in _type_name(default):
+            yield node, path
+    for key, value in node.items():
+        if key not in (*_NO_LAYERS_INSIDE, "norm_cfg", "conv_cfg") and not key.startswith("loss"):
+            yield from _find_norm_cfgs(value, f"{path}.{key}")
+
+
+def _type_name(cfg: dict[str, Any]) -> str:
+    kind = cfg.get("type", "")
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dict[str, Any] | None:
+    old = holder.get("conv_cfg")
+    switchable = old is None or _type_name(old) in _PLAIN_CONVS
+    if not ws:
+        return None if switchable else old
+    if not switchable:
+        raise UsageError(
+            f"{name!r} cannot standardize the weights of {path}: its conv_cfg is "
+            f"{old['type']!r}; use {name.removesuffix(_WS)!r}, or a conv_cfg of Conv2d"
+        )
+    cls = _find_class(holder.get("type"))
+    if cls is not None and _parameter(cls, "conv_cfg") is inspect.Parameter.empty:
+        raise UsageError(
+            f"{name!r} cannot standardize the weights of {path}: {holder['type']} takes no "
+            f"conv_cfg; use {name.removesuffix(_WS)!r}, or mmbcn.convert_norm on the built model"
+        )
+    return type(holder)(**_WS_CFG)
+
+
+def _find_class(kind: Any) -> type | None:
+    """The class that a ``type=`` means, where an installed mm package registers it."""
+    if not isinstance(kind, str):
+        return kind if inspect.isclass(kind) else None
+    if find_spec("mmengine") is None:
+        return None
+    from mmengine.registry import MODELS, DefaultScope
+
+    current = DefaultScope.get_current_instance()
+    scopes = [current.scope_name] if current else []
+    scopes += [scope for scope in _SCOPES if find_spec(scope)]
+    names = [kind] if "." in kind else [f"{scope}.{kind}" for scope in scopes]
+    classes = (MODELS.get(name) for name in names)
+    return next((cls for cls in classes if inspect.isclass(cls)), None)
+
+
+def _parameter(cls: type | None, name: str) -> Any:
+    """The default of a constructor's parameter, looked up through ``**kwargs``; empty: none."""
+    for base in cls.__mro__ if cls else ():
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters
+        if name in parameters:
+            default = parameters[name].default
+            return None if default is inspect.Parameter.empty else default
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return inspect.Parameter.empty
+
+
+# --- built modules -------------------------------------------------------------------------------
+
+
+def convert_norm(module: nn.Module, name: str) -> nn.Module:
+    """Switch the normalization of a built model of any origin, keeping its weights.
+
+    Swaps BatchNorm, SyncBatchNorm, GroupNorm, InstanceNorm, frozen BatchNorm and the
+    batch-channel norms; LayerNorm stays. Per-channel affines and running statistics carry over
+    (into the batch stage of a batch-channel norm), with eps, momentum, device, dtype, mode and
+    ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows becomes a
+    `WSConv2d` on the same parameter; a final classifier has none behind it and stays. Without,
+    a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Convert before the optimizer
+    is built: the norms' parameters are new ones.
+
+    Args:
+        module: the model, changed in place.
+        name: one of `norm_names`.
+
+    Returns:
+        ``module``, or the new layer where ``module`` itself is a norm.
+
+    Raises:
+        UsageError: the name is unknown, or there is nothing to convert.
+    """
+    base, ws = _check_name(name)
+    names = {m: n for n, m in module.named_modules()}
+    layers = list(_layers(module))
+    swaps: dict[nn.Module, nn.Module] = {}
+    for layer, follower in zip(layers, [*layers[1:], None], strict=True):
+        if _width(layer):
+            swaps[layer] = _new_norm(layer, base)
+        elif ws and type(layer).__name__ == "Conv2d" and _width(follower) == layer.out_channels:
+            try:
+                swaps[layer] = _new_conv(WSConv2d, layer)
+            except ValueError as error:
+                raise UsageError(f"{names[layer]}: {error}") from error
+        elif not ws and isinstance(layer, WSConv2d):
+            swaps[layer] = _new_conv(nn.Conv2d, layer)
+            swaps[layer].weight = nn.Parameter(
+                layer.standardized_weight().detach(), layer.weight.requires_grad
+            )
+    if not any(map(_width, swaps)):
+        raise UsageError(
+            f"convert_norm found no BatchNorm, GroupNorm or InstanceNorm in "
+            f"{type(module).__name__} to convert to {name!r}"
+        )
+    for parent in list(module.modules()):
+        for key, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[key] = swaps[child]
+    return swaps.get(module, module)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Norms, convolutions and linear layers in the order of their definition."""
+    if _width(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        yield module
+    else:
+        for child in module.children():
+            yield from _layers(child)
+
+
+def _width(layer: nn.Module | None) -> int:
+    """Channels of a norm that can be converted; 0 for everything else."""
+    if isinstance(layer, (_NormBase, FrozenBN)):
+        return layer.num_features
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
+    if type(layer).__name__ == "FrozenBatchNorm2d":  # torchvision's and detectron2's
+        return layer.weight.numel()
+    return 0
+
+
+def _new_norm(old: nn.Module, base: str) -> nn.Module:
+    cfg, cls = _NORMS[base]
+    options = {k: v for k, v in cfg.items() if k != "type"}
+    if cls is nn.BatchNorm2d and type(old) in (nn.BatchNorm1d, nn.BatchNorm3d):
+        cls = type(old)  # they check the input's dimensions
+    if "momentum" in inspect.signature(cls).parameters and hasattr(old, "momentum"):
+        options["momentum"] = old.momentum
+    new = cls(_width(old), eps=old.eps, **options)
+    inner = isinstance(old, BatchChannelNorm) and not isinstance(new, BatchChannelNorm)
+    state = (old.bn if inner else old).state_dict()
+    if not isinstance(new, BatchChannelNorm):
+        known = new.state_dict()
+        state = {k: v for k, v in state.items() if k in known}
+    if state:
+        new.load_state_dict(state, strict=False)
+    tensors = [*old.parameters(), *(b for b in old.buffers() if b.is_floating_point())]
+    if tensors:
+        new.to(tensors[0].device, tensors[0].dtype)
+    new.requires_grad_(all(p.requires_grad for p in old.parameters()))
+    if hasattr(old, "act") and hasattr(old, "drop"):  # timm's norms that end in an activation
+        new.drop, new.act = old.drop, old.act
+        new.register_forward_hook(_drop_and_activate)
+    return new.train(old.training)
+
+
+def _drop_and_activate(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    return layer.act(layer.drop(output))
+
+
+def _new_conv(cls: type[nn.Conv2d], old: nn.Conv2d) -> nn.Conv2d:
+    new = cls(
+        old.in_channels,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        old.dilation,
+        old.groups,
+        old.bias is not None,
+        old.padding_mode,
+        device="meta",
+    )
+    new.weight, new.bias = old.weight, old.bias
+    return new.train(old.training)
