@@ -30,7 +30,7 @@ _last_scene = lru_cache(maxsize=1)(draw_scene)
 
 @DATASETS.register_module()
 class ShapesDataset(BaseSegDataset):
-    """Scenes of textured shapes under varying light: only the shape tells the class.
+    """Scenes of textured shapes under varying light: shape and pattern tell the class, colour not.
 
     Scene ``index`` depends on (``seed``, ``index``, ``size``) alone, so that sets of different
     seeds are disjoint and a set can be extended without changing its first images.

@@ -1,7 +1,7 @@
-"""Procedural scenes of textured shapes, where only the shape tells the class.
+"""Procedural scenes of textured shapes, where colour does not tell the class.
 
-Every surface, the background included, draws its colours and its pattern from one and the same
-distribution, whatever its class. A scene is a function of (seed, index, height, width) alone. On
+Every class has its own shape and its own pattern; the colours of all surfaces, the background
+included, come from one and the same distribution. A scene is a function of (seed, index, height, width) alone. On
 the way to a pixel there are only integers and single IEEE operations on float32 arrays (no array
 ``sin``, no float filters of OpenCV), which round alike on every machine.
 """
@@ -36,8 +36,8 @@ INSET = 0.4  # an object's centre is this many of its radii inside the image, or
 PLACE_TRIES = 8  # positions to choose from; more: SPACING is kept more often
 COLOR_TRIES = 10  # colours to choose from; more: the surfaces of a scene differ more
 COLOR = (0.15, 0.85)  # range of a surface's mean colour, per channel
-PATTERN_CONTRAST = 0.2  # largest difference of a pattern's two colours, per channel
-PATTERN_PERIOD = (0.06, 0.2)  # of stripes, checks and blobs
+PATTERN_CONTRAST = (0.2, 0.4)  # difference of a pattern's two colours, per channel
+PERIOD_SPREAD = (0.85, 1.15)  # of a pattern's period, around its class's
 GAIN = (0.7, 1.2)  # brightness of the light
 TINT = 0.1  # largest relative change of the light's colour, per channel
 SHADING = 0.25  # largest relative change of the light from the centre to a border
@@ -95,7 +95,7 @@ def draw_scene(seed: int, index: int, height: int, width: int) -> tuple[Image, I
     angles = rng.uniform(0, 2 * math.pi, len(radii))
     colors = _colors(rng, len(radii) + 1)
 
-    image = _surface(rng, height, width, side, colors[0])
+    image = _surface(rng, height, width, side, colors[0], "background")
     label = np.zeros((height, width), np.uint8)
     for (cx, cy), radius, k, angle, color in zip(
         centers, radii, labels, angles, colors[1:], strict=True
@@ -107,7 +107,7 @@ def draw_scene(seed: int, index: int, height: int, width: int) -> tuple[Image, I
         cos, sin = math.cos(angle), math.sin(angle)
         mask = SHAPES[CLASSES[k]](cos * x + sin * y, cos * y - sin * x)
         box = np.s_[top:bottom, left:right]
-        surface = _surface(rng, bottom - top, right - left, side, color)
+        surface = _surface(rng, bottom - top, right - left, side, color, CLASSES[k])
         np.copyto(image[box], surface, where=mask[..., None])
         label[box][mask] = k
     return _photograph(rng, image), label
@@ -137,12 +137,17 @@ def _colors(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
 
 
 def _surface(
-    rng: np.random.Generator, height: int, width: int, side: int, color: NDArray[np.float64]
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    side: int,
+    color: NDArray[np.float64],
+    name: str,
 ) -> Array:
-    """A surface of the given mean colour with a random pattern: (height, width, 3)."""
-    pattern = PATTERNS[rng.integers(len(PATTERNS))]
-    strength = pattern(rng, height, width, rng.uniform(*PATTERN_PERIOD) * side)
-    change = rng.uniform(-PATTERN_CONTRAST, PATTERN_CONTRAST, 3)
+    """A surface of the given mean colour with the pattern of its class: (height, width, 3)."""
+    pattern, period = PATTERNS[name]
+    strength = pattern(rng, height, width, rng.uniform(*PERIOD_SPREAD) * period * side)
+    change = rng.uniform(*PATTERN_CONTRAST, 3) * rng.choice((-1, 1))
     low, step = (color - change / 2).astype(np.float32), change.astype(np.float32)
     return strength[..., None] * step + low
 
@@ -180,7 +185,16 @@ def _bars(height: int, width: int, period: float, angle: float, phase: float) ->
     return turns - np.floor(turns) < 0.5
 
 
-PATTERNS = (_flat, _stripes, _checks, _blobs)  # of how much of the second colour, from 0 to 1
+# The pattern of each class, and its period; a pattern says how much of the second colour, 0 to 1.
+PATTERNS: dict[str, tuple[Callable[..., Array], float]] = {
+    "background": (_blobs, 0.4),
+    "disc": (_flat, 1.0),
+    "square": (_stripes, 0.05),
+    "triangle": (_checks, 0.06),
+    "ring": (_stripes, 0.12),
+    "cross": (_checks, 0.15),
+    "star": (_blobs, 0.07),
+}
 
 
 def _photograph(rng: np.random.Generator, image: Array) -> Image:

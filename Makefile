@@ -1,0 +1,46 @@
+# make demo: set up, train on the embedded dataset, show the result.   make test: set up, test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := deeplabv3_r18_bcn_300_shapes-128x128
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all lint setup setup-dev clean
+
+setup: $(VENV)/.onedl
+setup-dev: $(VENV)/.dev
+
+$(VENV)/.onedl: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the mm packages into $(VENV) ..."
+	$(PIP) torch
+	$(PIP) -e ".[onedl]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.onedl
+	$(PIP) -e ".[onedl,dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python tools/train.py configs/deeplabv3/$(DEMO).py --seed 0
+	$(BIN)/python tools/test.py configs/deeplabv3/$(DEMO).py work_dirs/$(DEMO)/iter_300.pth \
+	  --show-dir work_dirs/$(DEMO)/pictures --show-num 12
+	@echo
+	@echo "The mIoU table is above. Image, ground truth and prediction side by side:"
+	@ls work_dirs/$(DEMO)/pictures | sed 's|^|  work_dirs/$(DEMO)/pictures/|'
+	@echo "Next: the same model with another normalization, at one image per step:"
+	@echo "  $(BIN)/python tools/train.py configs/deeplabv3/$(DEMO).py --norm microbcn_ws \\"
+	@echo "    --cfg-options train_dataloader.batch_size=1 --work-dir work_dirs/microbcn_ws"
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+test-all: setup-dev
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Checkpoints: what norm they are of."""

@@ -1,0 +1,13 @@
+"""The runner that switches norms and checks data and checkpoints, and its hooks."""
+
+from mmbcn.errors import missing_package
+
+try:
+    import mmseg  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_package("mmbcn.engine", error.name or "mmseg") from error
+
+from mmbcn.engine.hooks import LabelCheckHook, NormGuardHook, PanelHook
+from mmbcn.engine.runner import NormRunner
+
+__all__ = ["LabelCheckHook", "NormGuardHook", "NormRunner", "PanelHook"]

@@ -1,0 +1,101 @@
+"""Finds missing folders and files before a run starts, and says what to do."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmbcn.errors import UsageError
+
+_HINTS = dict(cityscapes="cityscapes", voc="voc", camvid="camvid")
+
+
+def check_folders(cfg: Mapping[str, Any], splits: tuple[str, ...]) -> None:
+    """Check that each dataset's folders, list file, and listed images and labels exist.
+
+    Args:
+        cfg: a whole config.
+        splits: of 'train', 'val' and 'test'.
+
+    Raises:
+        UsageError: names the split, the dataset, and the first path that is missing.
+    """
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets((loader or {}).get("dataset")):
+            _check(split, dataset)
+
+
+def _datasets(node: Any) -> Iterator[Mapping[str, Any]]:
+    """The datasets inside wrappers."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _datasets(item)
+    elif isinstance(node, Mapping):
+        if "dataset" in node or "datasets" in node:
+            yield from _datasets(node.get("dataset", node.get("datasets")))
+        else:
+            yield node
+
+
+def _check(split: str, dataset: Mapping[str, Any]) -> None:
+    root = dataset.get("data_root") or ""
+    prefix = dataset.get("data_prefix") or {}
+    folders = {k: os.path.join(root, v) for k, v in prefix.items() if isinstance(v, str)}  # noqa: PTH118
+    if any("://" in path or path.startswith("s3:") for path in folders.values()):
+        return
+    kind = str(dataset.get("type", "dataset")).rpartition(".")[2]
+    for key, path in folders.items():
+        if not Path(path).is_dir():
+            raise UsageError(_missing(split, kind, f"the folder {path} ({key})", root))
+    ann_file = dataset.get("ann_file")
+    if not ann_file:
+        return
+    listing = Path(root, ann_file)
+    if not listing.exists():
+        raise UsageError(_missing(split, kind, f"the list {listing}", root))
+
+
+def _missing(split: str, kind: str, what: str, root: str) -> str:
+    layout = next((v for k, v in _HINTS.items() if k in kind.lower()), None)
+    text = (
+        f"{kind} ({split}): {what} does not exist. Put or link the dataset there, or say where it "
+        f"is: --cfg-options {split}_dataloader.dataset.data_root=PATH"
+    )
+    if layout:
+        text += (
+            "\nTo try the config without it: "
+            f"python tools/datasets/shapes.py --layout {layout} --out {root or 'PATH'}"
+        )
+    return text
+
+
+def check_files(dataset: Any, split: str) -> None:
+    """Check that every image and label of a built dataset exists; lists each folder once.
+
+    Raises:
+        UsageError: names some of the missing files.
+    """
+    parts = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", dataset)]
+    for part in parts:
+        if not hasattr(part, "get_data_info"):
+            continue
+        infos = [part.get_data_info(i) for i in range(len(part))]
+        if not infos:
+            raise UsageError(
+                f"{type(part).__name__} ({split}) found no image with the suffix "
+                f"{getattr(part, 'img_suffix', '?')!r} in {part.data_prefix.get('img_path')}"
+            )
+        paths = [info.get(key) for info in infos for key in ("img_path", "seg_map_path")]
+        local = [Path(p) for p in paths if p and "://" not in str(p)]
+        names = {folder: set(_names(folder)) for folder in {p.parent for p in local}}
+        missing = [str(p) for p in local if p.name not in names[p.parent]]
+        if missing:
+            raise UsageError(
+                f"{type(part).__name__} ({split}): {len(missing)} of {len(local)} files are "
+                f"missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            )
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208

@@ -1,0 +1,7 @@
+"""Hooks, one per file."""
+
+from mmbcn.engine.hooks.label_check_hook import LabelCheckHook
+from mmbcn.engine.hooks.norm_guard_hook import NormGuardHook
+from mmbcn.engine.hooks.panel_hook import PanelHook
+
+__all__ = ["LabelCheckHook", "NormGuardHook", "PanelHook"]

@@ -1,0 +1,12 @@
+"""Models that mmsegmentation lacks."""
+
+from mmbcn.errors import missing_package
+
+try:
+    import mmseg  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_package("mmbcn.models", error.name or "mmseg") from error
+
+from mmbcn.models.aspp_head import PointwiseFuseASPPHead
+
+__all__ = ["PointwiseFuseASPPHead"]

@@ -1,0 +1,53 @@
+"""Test a checkpoint: the mIoU table, and pictures of predictions beside the truth.
+
+Example:
+    python tools/test.py CONFIG CHECKPOINT --show-dir work_dirs/pictures
+"""
+
+import argparse
+from pathlib import Path
+
+from mmengine.registry import RUNNERS
+
+from _common import add_config_args, add_run_args, read_run_config, run
+
+from mmbcn.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_config_args(parser)
+    parser.add_argument("checkpoint", help="checkpoint file or URL")
+    add_run_args(parser)
+    parser.add_argument("--out", help="folder for the predicted label maps, as PNG")
+    parser.add_argument("--show-dir", help="folder for pictures: image, truth, prediction")
+    parser.add_argument("--show-num", type=int, help="only this many pictures (default: all)")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Test."""
+    args = parse_args()
+    cfg = read_run_config(args)
+    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise UsageError(f"there is no checkpoint {args.checkpoint}")
+    cfg.load_from = args.checkpoint
+    if args.show_dir:
+        panels = dict(type="mmbcn.PanelHook", out_dir=args.show_dir, limit=args.show_num)
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), panels]
+    if args.out:
+        cfg.test_evaluator["output_dir"] = args.out
+        cfg.test_evaluator["keep_results"] = True
+    if args.tta:
+        if "tta_pipeline" not in cfg or "tta_model" not in cfg:
+            raise UsageError("--tta needs tta_pipeline and tta_model in the config")
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_model.module = cfg.model
+        cfg.model = cfg.tta_model
+    RUNNERS.build(cfg).test()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""Train a model from a config.
+
+Example:
+    python tools/train.py configs/deeplabv3_r101_bcn.py --norm bcn_ws
+"""
+
+import argparse
+
+from mmengine.registry import RUNNERS
+
+from _common import add_config_args, add_run_args, read_run_config, run
+
+from mmbcn.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_config_args(parser)
+    add_run_args(parser)
+    parser.add_argument("--resume", action="store_true", help="from the work_dir's last checkpoint")
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument("--seed", type=int, help="of weights, data order and augmentation")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    cfg = read_run_config(args)
+    cfg.resume = args.resume or cfg.get("resume", False)
+    if args.seed is not None:
+        cfg.randomness = dict(cfg.get("randomness", {}), seed=args.seed)
+    if args.amp and cfg.optim_wrapper.type != "AmpOptimWrapper":
+        if cfg.optim_wrapper.type != "OptimWrapper":
+            raise UsageError(
+                f"--amp needs optim_wrapper.type 'OptimWrapper', got {cfg.optim_wrapper.type!r}"
+            )
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.loss_scale = "dynamic"
+    RUNNERS.build(cfg).train()
+
+
+if __name__ == "__main__":
+    run(main)
