@@ -1,4 +1,4 @@
-"""What the tools share: reading a config with its switches, and telling a mistake in one message."""
+"""What the tools share: reading a config with its switches, one message for a mistake."""
 
 import argparse
 import os

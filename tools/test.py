@@ -7,9 +7,8 @@ Example:
 import argparse
 from pathlib import Path
 
-from mmengine.registry import RUNNERS
-
 from _common import add_config_args, add_run_args, read_run_config, run
+from mmengine.registry import RUNNERS
 
 from mmbcn.errors import UsageError
 

@@ -1,9 +1,9 @@
 """Procedural scenes of textured shapes, where colour does not tell the class.
 
 Every class has its own shape and its own pattern; the colours of all surfaces, the background
-included, come from one and the same distribution. A scene is a function of (seed, index, height, width) alone. On
-the way to a pixel there are only integers and single IEEE operations on float32 arrays (no array
-``sin``, no float filters of OpenCV), which round alike on every machine.
+included, come from one and the same distribution. A scene is a function of (seed, index, height,
+width) alone. On the way to a pixel there are only integers and single IEEE operations on float32
+arrays (no array ``sin``, no float filters of OpenCV), which round alike on every machine.
 """
 
 import math

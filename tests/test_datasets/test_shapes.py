@@ -31,7 +31,7 @@ PIPELINE = [
 ]
 # CRC-32 of scene 0 of seed 0 at 64x96. Whoever changes the scenes on purpose changes this number
 # and measures again whatever was reported for them.
-CHECKSUM = 3124427615
+CHECKSUM = 428680348
 
 
 @pytest.fixture(autouse=True)
@@ -144,30 +144,9 @@ def test_color_does_not_tell_the_class(scenes):
     assert np.mean(recall) < 1 / classes + 0.06
 
 
-def test_every_class_has_every_pattern_alike(monkeypatch):
-    """The share of each pattern among a class's surfaces is that of every other class."""
-    counts = {name: np.zeros(len(shapes_scene.PATTERNS)) for name in CLASSES}
-    current = ""
-
-    def shape(name, inside, u, v):
-        nonlocal current
-        current = name
-        return inside(u, v)
-
-    def pattern(kind, draw, *args):
-        counts[current][kind] += 1
-        return draw(*args)
-
-    for name, inside in list(shapes_scene.SHAPES.items()):
-        monkeypatch.setitem(shapes_scene.SHAPES, name, partial(shape, name, inside))
-    patterns = tuple(partial(pattern, *kind) for kind in enumerate(shapes_scene.PATTERNS))
-    monkeypatch.setattr(shapes_scene, "PATTERNS", patterns)
-    for index in range(300):
-        current = "background"
-        draw_scene(11, index, 48, 64)
-    for count in counts.values():
-        assert count.sum() > 150
-        assert count / count.sum() == pytest.approx(1 / len(patterns), abs=0.1)
+def test_every_class_has_a_pattern_of_its_own():
+    assert list(shapes_scene.PATTERNS) == list(CLASSES)
+    assert len({(draw, period) for draw, period in shapes_scene.PATTERNS.values()}) == len(CLASSES)
 
 
 # The dataset and its storage backend

@@ -316,7 +316,7 @@ def test_half_precision_keeps_float32_statistics(cls, dtype):
     layer = make(cls, 6, 3, torch.float32)
     x = data((2, 6, 8, 8), dtype, scale=400.0, shift=3000.0)  # variances overflow float16
     dy = data(x.shape, dtype, seed=2)
-    mean, var, running_mean, running_var = batch_stage_numpy(layer, *numpy_of(x))
+    _mean, _var, running_mean, running_var = batch_stage_numpy(layer, *numpy_of(x))
     expected_y, expected = gradients_composed(layer, x, dy)
     y, grads = run(layer, x, dy)
     assert y.dtype == grads[0].dtype == dtype

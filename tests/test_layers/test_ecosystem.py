@@ -250,7 +250,7 @@ def test_revert_sync_batchnorm_of_sync_bcn():
     net = revert_sync_batchnorm(net)
     assert isinstance(net[1], SyncBCN)
     torch.testing.assert_close(net(x), expected)
-    net = convert_sync_batchnorm(net)
+    net = convert_sync_batchnorm(net).eval()  # mmengine's forgets the mode
     assert type(net[1].bn) is nn.SyncBatchNorm
     torch.testing.assert_close(net(x), expected)
 
