@@ -269,6 +269,8 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
         cls = type(old)  # they check the input's dimensions
     if "momentum" in inspect.signature(cls).parameters and hasattr(old, "momentum"):
         options["momentum"] = old.momentum
+    if isinstance(old, BatchChannelNorm) and issubclass(cls, BatchChannelNorm):
+        options["num_groups"] = old.num_groups
     new = cls(_width(old), eps=old.eps, **options)
     inner = isinstance(old, BatchChannelNorm) and not isinstance(new, BatchChannelNorm)
     state = (old.bn if inner else old).state_dict()

@@ -220,7 +220,7 @@ def test_weight_standardization_is_refused_where_it_would_be_ignored():
     path = "stdc/stdc1_4xb12-80k_cityscapes-512x1024.py"
     cfg = shipped(path)
     before = copy.deepcopy(cfg)
-    with pytest.raises(UsageError, match="STDC.* takes no conv_cfg"):
+    with pytest.raises(UsageError, match=r"STDC.* takes no conv_cfg"):
         set_norm(cfg, "bcn_ws")
     assert cfg == before
     set_norm(cfg, "bcn")
@@ -231,7 +231,7 @@ def test_weight_standardization_is_refused_where_it_would_be_ignored():
 def test_mistakes():
     cfg = dict(type="X", norm_cfg=dict(type="BN"))
     for convert in (lambda n: set_norm(cfg, n), lambda n: convert_norm(nn.BatchNorm2d(4), n)):
-        with pytest.raises(UsageError, match="'bnc'.*Known: .*'?microbcn_ws"):
+        with pytest.raises(UsageError, match=r"'bnc'.*Known: .*'?microbcn_ws"):
             convert("bnc")
         with pytest.raises(UsageError, match="did you mean 'microbcn'"):
             convert("MicroBCN")
@@ -431,7 +431,7 @@ def test_convert_nothing():
 
 def test_convert_refuses_filters_of_one_weight():
     net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
-    with pytest.raises(UsageError, match="0: .*at least 2 weights"):
+    with pytest.raises(UsageError, match=r"0: .*at least 2 weights"):
         convert_norm(net, "bn_ws")
     assert type(net[1]) is nn.BatchNorm2d
 

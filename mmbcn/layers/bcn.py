@@ -195,11 +195,12 @@ class BCN(BatchChannelNorm, nn.GroupNorm):
         usable = count > 1  # with shared statistics a 0-d tensor, like the count
         if not in_backward():
             self.bn.num_batches_tracked += usable
-            rate = self.momentum
+            rate, degrees = self.momentum, count - 1
             if rate is None:
-                rate = 1 / self.bn.num_batches_tracked.clamp(min=1)
-            unbiased = var * (count / (count - usable))
-            self._update(mean, unbiased, rate * usable)
+                rate = 1 / self.bn.num_batches_tracked.to(mean).clamp(min=1)
+            if isinstance(usable, Tensor):
+                rate, degrees = rate * usable.to(mean), degrees.clamp(min=1)
+            self._update(mean, var.detach() * (count / degrees), rate)
         if isinstance(usable, Tensor):
             running = self._estimates()
             mean = torch.where(usable, mean, running[0].to(mean))
@@ -297,9 +298,9 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
             self.bn.num_batches_tracked += count > 0
         return self._fixed_estimates(key)
 
-    def _rate(self, like: Tensor) -> float | Tensor:
+    def _rate(self, like: Tensor) -> Tensor:
         if self.momentum is not None and not self.warmup:
-            return self.momentum
+            return like.new_tensor(self.momentum)
         return (1 / (self.bn.num_batches_tracked.to(like) + 1)).clamp(min=self.momentum or 0.0)
 
     def extra_repr(self) -> str:

@@ -84,7 +84,7 @@ def share_moments(
     share = count_r / total.clamp(min=1)
     mean = (share * mean_r).sum(0)
     var = (share * (var_r + (mean_r - mean).square())).sum(0)
-    return mean, var, total
+    return mean, var, total.detach()
 
 
 def batch_channel_norm(
@@ -128,5 +128,7 @@ def batch_channel_norm(
     if z.numel():
         z = z - z.mean(2, keepdim=True)
         z = z * torch.rsqrt(z.square().mean(2, keepdim=True) + eps)
-    z = z * weight.to(dtype)[:, None] + bias.to(dtype)[:, None]
-    return z.reshape(x.shape).to(x.dtype)
+    size = x.shape[1] // num_groups
+    weight, bias = (_per_channel(v.repeat_interleave(size), x) for v in (weight, bias))
+    # a fresh tensor, no view: what follows in place must work under checkpointing
+    return (z.reshape(x.shape) * weight + bias).to(x.dtype)

@@ -309,10 +309,8 @@ def test_ema(cls, update_buffers):
         expected = 0.75 * start[key] + 0.25 * net.state_dict()[key]
         torch.testing.assert_close(averaged[key], expected)
     running = net[1].bn.running_mean
-    if update_buffers:
-        expected = 0.75 * start["1.bn.running_mean"] + 0.25 * running
-    else:
-        expected = running  # copied, so that statistics stay those of some network
+    share = 0.25 if update_buffers else 1.0  # else copied: the statistics of some network
+    expected = (1 - share) * start["1.bn.running_mean"] + share * running
     torch.testing.assert_close(averaged["1.bn.running_mean"], expected)
     assert ema.eval()(image(size=6)).isfinite().all()
 

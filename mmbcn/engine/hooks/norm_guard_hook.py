@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from mmbcn.checkpoints.guard import config_norms, state_mismatch
 from mmbcn.errors import UsageError
@@ -24,7 +24,9 @@ class NormGuardHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Check, before the state dict goes into the model."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         difference = state_mismatch(model, checkpoint.get("state_dict", checkpoint))
         if difference:
             layer, ours, theirs = difference
