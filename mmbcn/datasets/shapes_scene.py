@@ -29,19 +29,19 @@ PALETTE = [
 MIN_SIDE = 16
 
 # Difficulty. Lengths are in units of the shorter side of the image, colours run from 0 to 1.
-NUM_OBJECTS = (3, 6)  # fewest and most objects in a scene
-RADIUS = (0.12, 0.27)  # of the circle around an object: 15 to 34 pixels at 128x128
+NUM_OBJECTS = (3, 5)  # fewest and most objects in a scene
+RADIUS = (0.16, 0.3)  # of the circle around an object: 20 to 38 pixels at 128x128
 SPACING = 0.7  # wanted distance of two centres over the sum of their radii; less: more occlusion
 INSET = 0.4  # an object's centre is this many of its radii inside the image, or more
 PLACE_TRIES = 8  # positions to choose from; more: SPACING is kept more often
 COLOR_TRIES = 10  # colours to choose from; more: the surfaces of a scene differ more
 COLOR = (0.15, 0.85)  # range of a surface's mean colour, per channel
-PATTERN_CONTRAST = (0.2, 0.4)  # difference of a pattern's two colours, per channel
+PATTERN_CONTRAST = (0.35, 0.55)  # difference of a pattern's two colours, per channel
 PERIOD_SPREAD = (0.85, 1.15)  # of a pattern's period, around its class's
 GAIN = (0.7, 1.2)  # brightness of the light
 TINT = 0.1  # largest relative change of the light's colour, per channel
 SHADING = 0.25  # largest relative change of the light from the centre to a border
-NOISE = 0.04  # standard deviation of the noise, per pixel and channel
+NOISE = 0.03  # standard deviation of the noise, per pixel and channel
 
 Image = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -191,8 +191,8 @@ PATTERNS: dict[str, tuple[Callable[..., Array], float]] = {
     "disc": (_flat, 1.0),
     "square": (_stripes, 0.05),
     "triangle": (_checks, 0.06),
-    "ring": (_stripes, 0.12),
-    "cross": (_checks, 0.15),
+    "ring": (_stripes, 0.14),
+    "cross": (_checks, 0.2),
     "star": (_blobs, 0.07),
 }
 

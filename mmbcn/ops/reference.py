@@ -2,8 +2,9 @@
 
 Paper: Qiao, Wang, Liu, Shen, Yuille, "Rethinking Normalization and Elimination Singularity in
 Neural Networks", 2019, https://arxiv.org/abs/1911.09738
-Every step is an elementary differentiable operation, so autograd gives every gradient. Moments
-are centred (two passes): nothing is lost where the mean is large against the spread.
+The batch stage is written out in elementary differentiable operations, the channel stage is torch's
+own group normalization; autograd gives every gradient. Moments are centred (two passes): nothing
+is lost where the mean is large against the spread.
 
 Shapes: x (N, C, ...); batch statistics (C,); group statistics (N, G), G groups of C / G channels.
 """
@@ -124,11 +125,6 @@ def batch_channel_norm(
     dtype = statistics_dtype(x)
     scale = _per_channel(bn_weight, x) * torch.rsqrt(_per_channel(var, x) + bn_eps)
     z = (x.to(dtype) - _per_channel(mean, x)) * scale + _per_channel(bn_bias, x)
-    z = z.reshape(x.shape[0], num_groups, z[0].numel() // num_groups if len(z) else 1)
-    if z.numel():
-        z = z - z.mean(2, keepdim=True)
-        z = z * torch.rsqrt(z.square().mean(2, keepdim=True) + eps)
     size = x.shape[1] // num_groups
-    weight, bias = (_per_channel(v.repeat_interleave(size), x) for v in (weight, bias))
-    # a fresh tensor, no view: what follows in place must work under checkpointing
-    return (z.reshape(x.shape) * weight + bias).to(x.dtype)
+    weight, bias = (v.to(dtype).repeat_interleave(size) for v in (weight, bias))
+    return torch.group_norm(z, num_groups, weight, bias, eps).to(x.dtype)
