@@ -129,7 +129,7 @@ def test_scenes_have_occlusion(monkeypatch):
         _, label = draw_scene(11, index, 96, 128)
         assert shapes_scene.NUM_OBJECTS[0] <= len(drawn) <= shapes_scene.NUM_OBJECTS[1]
         occluded += sum(drawn) > 1.02 * (label > 0).sum()
-    assert 10 <= occluded < 40
+    assert 6 <= occluded < 40  # by more than 2 % of the pixels; the rest touch less or not at all
 
 
 def test_color_does_not_tell_the_class(scenes):
