@@ -1,11 +1,2 @@
-_base_ = [
-    "../_base_/models/deeplabv3_r101.py",
-    "../_base_/datasets/voc12aug_512x512.py",
-    "../_base_/schedules/20k.py",
-    "../_base_/default_runtime.py",
-]
-model = dict(
-    data_preprocessor=dict(size=(512, 512)),
-    decode_head=dict(num_classes=21),
-    auxiliary_head=dict(num_classes=21),
-)
+_base_ = "./deeplabv3_r50_bn_20k_voc12aug-512x512.py"
+model = dict(backbone=dict(depth=101))

@@ -1,11 +1,2 @@
-_base_ = [
-    "../_base_/models/deeplabv3_r101.py",
-    "../_base_/datasets/camvid_360x480.py",
-    "../_base_/schedules/2k.py",
-    "../_base_/default_runtime.py",
-]
-model = dict(
-    data_preprocessor=dict(size=(360, 480)),
-    decode_head=dict(num_classes=11),
-    auxiliary_head=dict(num_classes=11),
-)
+_base_ = "./deeplabv3_r50_bn_2k_camvid-360x480.py"
+model = dict(backbone=dict(depth=101))

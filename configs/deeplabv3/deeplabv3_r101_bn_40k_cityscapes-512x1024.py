@@ -1,6 +1,2 @@
-_base_ = [
-    "../_base_/models/deeplabv3_r101.py",
-    "../_base_/datasets/cityscapes_512x1024.py",
-    "../_base_/schedules/40k.py",
-    "../_base_/default_runtime.py",
-]
+_base_ = "./deeplabv3_r50_bn_40k_cityscapes-512x1024.py"
+model = dict(backbone=dict(depth=101))

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmbcn.errors import UsageError
 
-_HINTS = dict(cityscapes="cityscapes", voc="voc", camvid="camvid")
+_LAYOUTS = ("cityscapes", "voc", "camvid")  # that tools/datasets/shapes.py writes
 
 
 def check_folders(cfg: Mapping[str, Any], splits: tuple[str, ...]) -> None:
@@ -57,7 +57,7 @@ def _check(split: str, dataset: Mapping[str, Any]) -> None:
 
 
 def _missing(split: str, kind: str, what: str, root: str) -> str:
-    layout = next((v for k, v in _HINTS.items() if k in kind.lower()), None)
+    layout = next((name for name in _LAYOUTS if name in kind.lower()), None)
     text = (
         f"{kind} ({split}): {what} does not exist. Put or link the dataset there, or say where it "
         f"is: --cfg-options {split}_dataloader.dataset.data_root=PATH"

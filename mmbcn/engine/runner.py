@@ -10,7 +10,6 @@ from mmengine.runner import Runner
 import mmbcn
 from mmbcn.engine.data_check import check_files, check_folders
 from mmbcn.engine.hooks import LabelCheckHook, NormGuardHook
-from mmbcn.errors import UsageError
 from mmbcn.norms import set_norm
 from mmbcn.registry import RUNNERS
 
@@ -39,6 +38,7 @@ class NormRunner(Runner):
         return super().from_cfg(cfg)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._checked: set[str] = set()  # splits whose files were looked for
         super().__init__(*args, **kwargs)
         for hook in (LabelCheckHook(), NormGuardHook()):
             self.register_hook(hook)
@@ -74,13 +74,9 @@ class NormRunner(Runner):
         return super().test()
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call the hooks; before a phase, check that the files of its data exist."""
-        if fn_name in ("before_train", "before_val", "before_test"):
-            split = fn_name.removeprefix("before_")
-            loop = getattr(self, f"{split}_loop")
-            check_files(loop.dataloader.dataset, split)
-        try:
-            super().call_hook(fn_name, **kwargs)
-        except UsageError:
-            self.logger.error("stopped: see the message below")
-            raise
+        """Call the hooks; before the first pass over a split, check that its files exist."""
+        split = fn_name.removeprefix("before_")
+        if split in ("train", "val", "test") and split not in self._checked:
+            check_files(getattr(self, f"{split}_loop").dataloader.dataset, split)
+            self._checked.add(split)
+        super().call_hook(fn_name, **kwargs)
