@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     add_run_args(parser)
     parser.add_argument("--out", help="folder for the predicted label maps, as PNG")
     parser.add_argument("--show-dir", help="folder for pictures: image, truth, prediction")
-    parser.add_argument("--show-num", type=int, help="only this many pictures (default: all)")
+    parser.add_argument("--show-num", type=int, help="only this many, evenly spread (default: all)")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     return parser.parse_args()
 

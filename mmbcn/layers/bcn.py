@@ -19,7 +19,7 @@ from mmbcn.layers.foreign_state import adopt_state
 from mmbcn.layers.groups import resolve_num_groups
 from mmbcn.layers.init_guard import apply_keeping_alive
 from mmbcn.layers.recompute import StatisticsMemory, in_backward
-from mmbcn.ops import batch_channel_norm, batch_moments, share_moments
+from mmbcn.ops import batch_channel_norm, batch_moments, row_moments, share_moments
 from mmbcn.registry import register_norm
 
 
@@ -80,7 +80,13 @@ class BatchChannelNorm(nn.GroupNorm):
             )
         if not x.is_floating_point():
             raise TypeError(f"{type(self).__name__} expects a floating-point input, got {x.dtype}")
-        mean, var = self._statistics(x) if self.bn.training else self._estimates()
+        count = rows = None
+        if self.bn.training:
+            rows = row_moments(x)
+            positions = x[:1].numel() // self.num_features
+            mean, var, count = self._statistics(*batch_moments(*rows, positions))
+        else:
+            mean, var = self._estimates()
         return batch_channel_norm(
             x,
             mean,
@@ -92,17 +98,26 @@ class BatchChannelNorm(nn.GroupNorm):
             self.num_groups,
             self.bn.eps,
             self.eps,
+            count,
+            self._group() if self._is_sync() else None,
+            rows,
         )
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance for the batch stage in training; updates the running estimates."""
+    def _statistics(
+        self, mean: Tensor, var: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, float | Tensor | None]:
+        """Mean and variance for the batch stage, from this batch's own moments.
+
+        Updates the running estimates. Third is the number of values behind the result if gradients
+        flow through it; None where it is a constant.
+        """
         raise NotImplementedError
 
     def _estimates(self) -> tuple[Tensor, Tensor]:
         return self.bn.running_mean, self.bn.running_var
 
-    def _group(self) -> dist.ProcessGroup | None:
-        return getattr(self.bn, "process_group", None)
+    def _group(self) -> dist.ProcessGroup:
+        return getattr(self.bn, "process_group", None) or dist.group.WORLD
 
     def _is_sync(self) -> bool:
         """Whether statistics are shared: ``bn`` may have been converted, to torch's or mmcv's."""
@@ -126,7 +141,10 @@ class BatchChannelNorm(nn.GroupNorm):
     def _update(self, mean: Tensor, var: Tensor, rate: float | Tensor) -> None:
         for running, value in zip(self._estimates(), (mean, var), strict=True):
             weight = rate.to(value) if isinstance(rate, Tensor) else rate
-            running.copy_(torch.lerp(running.to(value.dtype), value, weight))
+            if running.dtype == value.dtype:
+                running.lerp_(value, weight)
+            else:
+                running.copy_(torch.lerp(running.to(value.dtype), value, weight))
 
     def apply(self, fn: Callable[[nn.Module], None]) -> "BatchChannelNorm":
         """Apply ``fn``; one that zeroes both stages' scales leaves the batch stage's at one."""
@@ -186,12 +204,14 @@ class BCN(BatchChannelNorm, nn.GroupNorm):
     ) -> None:
         super().__init__(num_features, num_groups, eps, momentum)
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var, count = batch_moments(x)
+    @torch.no_grad()
+    def _statistics(
+        self, mean: Tensor, var: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, float | Tensor | None]:
         if self._is_sync():
             mean, var, count = share_moments(mean, var, count, self._group())
         elif count <= 1:
-            return self._fixed_estimates(mean)
+            return *self._fixed_estimates(mean), None
         usable = count > 1  # with shared statistics a 0-d tensor, like the count
         if not in_backward():
             self.bn.num_batches_tracked += usable
@@ -200,12 +220,13 @@ class BCN(BatchChannelNorm, nn.GroupNorm):
                 rate = 1 / self.bn.num_batches_tracked.to(mean).clamp(min=1)
             if isinstance(usable, Tensor):
                 rate, degrees = rate * usable.to(mean), degrees.clamp(min=1)
-            self._update(mean, var.detach() * (count / degrees), rate)
+            self._update(mean, var * (count / degrees), rate)
         if isinstance(usable, Tensor):
             running = self._estimates()
             mean = torch.where(usable, mean, running[0].to(mean))
             var = torch.where(usable, var, running[1].to(var))
-        return mean, var
+            count = torch.where(usable, count, torch.inf)  # no gradient through the estimates
+        return mean, var, count
 
 
 @register_norm
@@ -287,8 +308,7 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
         self.warmup = warmup
 
     @torch.no_grad()
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var, count = batch_moments(x)
+    def _statistics(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, None]:
         key = mean
         if not in_backward():
             if self._is_sync():
@@ -296,7 +316,7 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
             around_old = var + (mean - self.bn.running_mean.to(mean)).square()
             self._update(mean, around_old, self._rate(mean) * (count > 0))
             self.bn.num_batches_tracked += count > 0
-        return self._fixed_estimates(key)
+        return *self._fixed_estimates(key), None
 
     def _rate(self, like: Tensor) -> Tensor:
         if self.momentum is not None and not self.warmup:

@@ -1,6 +1,13 @@
 """Functional API: torch only, no mm package, no modules."""
 
-from mmbcn.ops.reference import batch_channel_norm, batch_moments, share_moments
+from mmbcn.ops.bcn import batch_channel_norm, row_moments
+from mmbcn.ops.moments import batch_moments, share_moments
 from mmbcn.ops.weight_standardization import standardize_weight
 
-__all__ = ["batch_channel_norm", "batch_moments", "share_moments", "standardize_weight"]
+__all__ = [
+    "batch_channel_norm",
+    "batch_moments",
+    "row_moments",
+    "share_moments",
+    "standardize_weight",
+]

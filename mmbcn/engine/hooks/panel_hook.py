@@ -17,17 +17,18 @@ _MIN_HEIGHT, _LEGEND_ROW = 256, 22
 
 @HOOKS.register_module()
 class PanelHook(Hook):
-    """Write ``<out_dir>/<image name>.png`` for the first images that are tested.
+    """Write ``<out_dir>/<number>_<image name>.png`` for images that are tested.
 
     Args:
         out_dir: folder of the pictures, made where it is missing.
-        limit: how many pictures; None: one for every image.
+        limit: how many pictures, spread evenly over the dataset; None: one for every image.
     """
 
     def __init__(self, out_dir: str, limit: int | None = None) -> None:
         self.out_dir = Path(out_dir)
         self.limit = limit
-        self.count = 0
+        self.seen = 0  # samples tested by this rank
+        self.count = 0  # pictures written by this rank
 
     def after_test_iter(
         self,
@@ -37,15 +38,22 @@ class PanelHook(Hook):
         outputs: Sequence[Any] | None = None,
     ) -> None:
         """Draw the results of one batch."""
-        meta = runner.test_dataloader.dataset.metainfo
+        dataset = runner.test_dataloader.dataset
+        meta, total = dataset.metainfo, len(dataset)
         for sample in outputs or ():
-            if self.limit is not None and self.count >= self.limit:
-                return
+            index = self.seen * runner.world_size + runner.rank
+            self.seen += 1
+            if not self._is_wanted(index, total):
+                continue
             self.count += 1
             panel = draw_panel(sample, meta["classes"], meta["palette"])
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            name = f"{self.count:04d}_{Path(sample.img_path).stem}.png"
+            name = f"{index:04d}_{Path(sample.img_path).stem}.png"
             mmcv.imwrite(panel, str(self.out_dir / name))
+
+    def _is_wanted(self, index: int, total: int) -> bool:
+        limit = total if self.limit is None else min(self.limit, total)
+        return index < total and (index + 1) * limit // total > index * limit // total
 
     def after_test(self, runner: Any) -> None:
         """Say where the pictures are."""

@@ -1,0 +1,131 @@
+"""Batch-channel normalization in one pass: what a BatchNorm costs, and only x kept for backward.
+
+Paper: Qiao, Wang, Liu, Shen, Yuille, "Rethinking Normalization and Elimination Singularity in
+Neural Networks", 2019, https://arxiv.org/abs/1911.09738
+Both stages are affine within a row, the positions of one (n, c). So the rows' moments give those
+of the batch and of the groups, and ``y = scale (x - row mean) + shift`` with a scale and a shift
+for each row: one read for the moments, one read and one write for y. Backward likewise: the sums
+of dy and of ``dy (x - row mean)`` over each row, then ``dx = p dy + q (x - row mean) + r``.
+
+Shapes: x (N, C, ...); rows (N, C); batch statistics (C,); group statistics (N, G).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmbcn.ops import reference
+from mmbcn.ops.backend import backend_for, passes
+from mmbcn.ops.coefficients import Stages, gradients, scale_and_shift, stages
+
+_MANY_POSITIONS = 512  # above, the values that backward keeps per row are less than 1 % of x
+
+
+def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each row of ``x``, without gradient, in float32 (or float64).
+
+    Shape: (N, C, ...) -> (N, C), (N, C)
+    """
+    with torch.no_grad():
+        if backend_for(x) == "reference":
+            return reference.row_moments(x)
+        with _autocast_off(x):
+            return passes(x).row_moments(x)
+
+
+def batch_channel_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    bn_eps: float = 1e-5,
+    eps: float = 1e-5,
+    count: int | float | Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Normalize with the given batch statistics, then over each sample's channel groups.
+
+    ``z = bn_weight (x - mean) / sqrt(var + bn_eps) + bn_bias`` per channel, then
+    ``y = weight (z - m) / sqrt(v + eps) + bias`` with the biased mean m and variance v of z over
+    each sample's groups. Gradients reach x and the four affine parameters; through ``mean`` and
+    ``var`` they reach x where ``count`` is given.
+
+    Args:
+        x: the input; computed in float32 (float64 for float64), returned in its own dtype.
+        mean: batch mean of each channel.
+        var: batch variance of each channel.
+        bn_weight: scale of the batch stage, per channel.
+        bn_bias: shift of the batch stage, per channel.
+        weight: scale of the channel stage, per group.
+        bias: shift of the channel stage, per group.
+        num_groups: number of channel groups; divides C.
+        bn_eps: added to ``var`` inside the root.
+        eps: added to the group variance inside the root.
+        count: the number of values behind ``mean`` and ``var``, if they are the statistics of
+            this very batch; None or infinity: they are constants.
+        group: the ranks whose values ``mean`` and ``var`` are of; None: this one's alone.
+        rows: what `row_moments` gave for x, where it has been called already.
+
+    Shape: x (N, C, ...) -> same; mean, var, bn_weight, bn_bias (C,); weight, bias (num_groups,)
+
+    Reference: Qiao et al. 2019, Batch-Channel Normalization, https://arxiv.org/abs/1911.09738
+    """
+    settings = num_groups, bn_eps, eps, count, group
+    arguments = x, mean, var, bn_weight, bn_bias, weight, bias
+    if backend_for(x) == "reference":
+        return reference.batch_channel_norm(*arguments, *settings)
+    return _BatchChannelNorm.apply(*arguments, *(rows or row_moments(x)), settings)
+
+
+class _BatchChannelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors_and_settings: Any) -> Tensor:
+        *inputs, row_mean, row_var, settings = tensors_and_settings
+        mean, var, bn_weight, bn_bias, weight, bias = inputs
+        with _autocast_off(x):
+            num_groups, bn_eps, eps, _, _ = settings
+            s = stages(row_mean, row_var, mean, var, bn_weight, bn_bias, num_groups, bn_eps, eps)
+            scale, shift = scale_and_shift(s, weight, bias)
+            y = passes(x).scale_shift(x, row_mean, row_var, scale, shift)
+        many = x[:1].numel() >= _MANY_POSITIONS * x.shape[1]
+        ctx.save_for_backward(x, *inputs, *((row_mean, row_var, *s) if many else ()))
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        inputs, kept = saved[:6], saved[6:]
+        mean, var, bn_weight, bn_bias, weight, _ = inputs
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            y = reference.batch_channel_norm(x, *inputs, *ctx.settings)
+            wanted = [t for t, need in zip((x, *inputs), needs, strict=False) if need]
+            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return *(next(grads) if need else None for need in needs[:7]), None, None, None
+        num_groups, bn_eps, eps, count, group = ctx.settings
+        with _autocast_off(x):
+            row_mean, row_var = kept[:2] or row_moments(x)
+            batch = row_mean, row_var, mean, var, bn_weight
+            s = Stages(*kept[2:]) if kept else stages(*batch, bn_bias, num_groups, bn_eps, eps)
+            t1, t2 = passes(x).row_dots(dy, x, row_mean)
+            positions = x[:1].numel() // x.shape[1]
+            grads, pqr = gradients(s, t1, t2, *batch, weight, positions, bn_eps, count, group)
+            dx = passes(x).combine(dy, x, row_mean, row_var, *pqr) if needs[0] else None
+        grads = (grad.to(t.dtype) for grad, t in zip(grads, inputs[2:], strict=True))
+        return dx, None, None, *grads, None, None, None
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast would lower, or copy, what is in the right dtype already."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
