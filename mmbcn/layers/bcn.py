@@ -19,7 +19,13 @@ from mmbcn.layers.foreign_state import adopt_state
 from mmbcn.layers.groups import resolve_num_groups
 from mmbcn.layers.init_guard import apply_keeping_alive
 from mmbcn.layers.recompute import StatisticsMemory, in_backward
-from mmbcn.ops import batch_channel_norm, batch_moments, row_moments, share_moments
+from mmbcn.ops import (
+    batch_channel_norm,
+    batch_moments,
+    row_moments,
+    share_moments,
+    update_estimates,
+)
 from mmbcn.registry import register_norm
 
 
@@ -128,23 +134,19 @@ class BatchChannelNorm(nn.GroupNorm):
             and dist.get_world_size(self._group()) > 1
         )
 
-    def _fixed_estimates(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimates as they are now; in a recomputation, as its first pass saw them."""
-        key = key.detach()
+    def _as_first_seen(self, key: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """These estimates; in a recomputation, those that its first pass saw."""
         if in_backward():
-            return self._memory.recall(key) or self._estimates()
-        mean, var = (value.clone() for value in self._estimates())
+            return self._memory.recall(key) or (mean, var)
         self._memory.remember(key, mean, var)
         return mean, var
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, rate: float | Tensor) -> None:
-        for running, value in zip(self._estimates(), (mean, var), strict=True):
-            weight = rate.to(value) if isinstance(rate, Tensor) else rate
-            if running.dtype == value.dtype:
-                running.lerp_(value, weight)
-            else:
-                running.copy_(torch.lerp(running.to(value.dtype), value, weight))
+    def _update(
+        self, mean: Tensor, var: Tensor, count: int | Tensor, **micro: bool
+    ) -> tuple[Tensor, Tensor]:
+        tracked = self.bn.num_batches_tracked
+        moments = mean, var, count
+        return update_estimates(*self._estimates(), tracked, *moments, self.momentum, **micro)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> "BatchChannelNorm":
         """Apply ``fn``; one that zeroes both stages' scales leaves the batch stage's at one."""
@@ -211,17 +213,11 @@ class BCN(BatchChannelNorm, nn.GroupNorm):
         if self._is_sync():
             mean, var, count = share_moments(mean, var, count, self._group())
         elif count <= 1:
-            return *self._fixed_estimates(mean), None
-        usable = count > 1  # with shared statistics a 0-d tensor, like the count
+            return *self._as_first_seen(mean, *(v.clone() for v in self._estimates())), None
         if not in_backward():
-            self.bn.num_batches_tracked += usable
-            rate, degrees = self.momentum, count - 1
-            if rate is None:
-                rate = 1 / self.bn.num_batches_tracked.to(mean).clamp(min=1)
-            if isinstance(usable, Tensor):
-                rate, degrees = rate * usable.to(mean), degrees.clamp(min=1)
-            self._update(mean, var * (count / degrees), rate)
-        if isinstance(usable, Tensor):
+            self._update(mean, var, count)
+        if isinstance(count, Tensor):
+            usable = count > 1
             running = self._estimates()
             mean = torch.where(usable, mean, running[0].to(mean))
             var = torch.where(usable, var, running[1].to(var))
@@ -309,19 +305,12 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
 
     @torch.no_grad()
     def _statistics(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, None]:
-        key = mean
+        key, estimates = mean, self._estimates()
         if not in_backward():
             if self._is_sync():
                 mean, var, count = share_moments(mean, var, count, self._group())
-            around_old = var + (mean - self.bn.running_mean.to(mean)).square()
-            self._update(mean, around_old, self._rate(mean) * (count > 0))
-            self.bn.num_batches_tracked += count > 0
-        return *self._fixed_estimates(key), None
-
-    def _rate(self, like: Tensor) -> Tensor:
-        if self.momentum is not None and not self.warmup:
-            return like.new_tensor(self.momentum)
-        return (1 / (self.bn.num_batches_tracked.to(like) + 1)).clamp(min=self.momentum or 0.0)
+            estimates = self._update(mean, var, count, micro=True, warmup=self.warmup)
+        return *self._as_first_seen(key, *estimates), None
 
     def extra_repr(self) -> str:
         """The base's, and the warm-up."""

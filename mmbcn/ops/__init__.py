@@ -1,6 +1,7 @@
 """Functional API: torch only, no mm package, no modules."""
 
 from mmbcn.ops.bcn import batch_channel_norm, row_moments
+from mmbcn.ops.estimates import update_estimates
 from mmbcn.ops.moments import batch_moments, share_moments
 from mmbcn.ops.weight_standardization import standardize_weight
 
@@ -10,4 +11,5 @@ __all__ = [
     "row_moments",
     "share_moments",
     "standardize_weight",
+    "update_estimates",
 ]

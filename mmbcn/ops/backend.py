@@ -21,6 +21,8 @@ def backend_for(x: Tensor) -> str:
     Raises:
         UsageError: ``MMBCN_BACKEND`` is none of `BACKENDS`, or not possible here.
     """
+    if torch.compiler.is_compiling():  # plain expressions, which the compiler fuses on any device
+        return "aten"
     wanted = os.environ.get("MMBCN_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise UsageError(f"MMBCN_BACKEND is {wanted!r}; known: {', '.join(BACKENDS)}")
