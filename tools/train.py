@@ -7,6 +7,7 @@ Example:
 import argparse
 
 from _common import add_config_args, add_run_args, read_run_config, run
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 
 from mmbcn.errors import UsageError
@@ -35,6 +36,8 @@ def main() -> None:
             raise UsageError(
                 f"--amp needs optim_wrapper.type 'OptimWrapper', got {cfg.optim_wrapper.type!r}"
             )
+        if get_device() == "cpu":
+            raise UsageError("--amp needs an accelerator (mmengine's AMP does not run on CPUs)")
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.loss_scale = "dynamic"
     RUNNERS.build(cfg).train()

@@ -22,45 +22,46 @@ def check_folders(cfg: Mapping[str, Any], splits: tuple[str, ...]) -> None:
     """
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets((loader or {}).get("dataset")):
-            _check(split, dataset)
+        for key, dataset in _datasets((loader or {}).get("dataset"), f"{split}_dataloader.dataset"):
+            _check(split, key, dataset)
 
 
-def _datasets(node: Any) -> Iterator[Mapping[str, Any]]:
-    """The datasets inside wrappers."""
+def _datasets(node: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The datasets inside wrappers, each with its key in the config."""
     if isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _datasets(item)
+        for i, item in enumerate(node):
+            yield from _datasets(item, f"{key}.{i}")
     elif isinstance(node, Mapping):
-        if "dataset" in node or "datasets" in node:
-            yield from _datasets(node.get("dataset", node.get("datasets")))
+        inner = next((name for name in ("dataset", "datasets") if name in node), None)
+        if inner:
+            yield from _datasets(node[inner], f"{key}.{inner}")
         else:
-            yield node
+            yield key, node
 
 
-def _check(split: str, dataset: Mapping[str, Any]) -> None:
+def _check(split: str, key: str, dataset: Mapping[str, Any]) -> None:
     root = dataset.get("data_root") or ""
     prefix = dataset.get("data_prefix") or {}
     folders = {k: os.path.join(root, v) for k, v in prefix.items() if isinstance(v, str)}  # noqa: PTH118
     if any("://" in path or path.startswith("s3:") for path in folders.values()):
         return
     kind = str(dataset.get("type", "dataset")).rpartition(".")[2]
-    for key, path in folders.items():
+    for name, path in folders.items():
         if not Path(path).is_dir():
-            raise UsageError(_missing(split, kind, f"the folder {path} ({key})", root))
+            raise UsageError(_missing(split, key, kind, f"the folder {path} ({name})", root))
     ann_file = dataset.get("ann_file")
     if not ann_file:
         return
     listing = Path(root, ann_file)
     if not listing.exists():
-        raise UsageError(_missing(split, kind, f"the list {listing}", root))
+        raise UsageError(_missing(split, key, kind, f"the list {listing}", root))
 
 
-def _missing(split: str, kind: str, what: str, root: str) -> str:
+def _missing(split: str, key: str, kind: str, what: str, root: str) -> str:
     layout = next((name for name in _LAYOUTS if name in kind.lower()), None)
     text = (
         f"{kind} ({split}): {what} does not exist. Put or link the dataset there, or say where it "
-        f"is: --cfg-options {split}_dataloader.dataset.data_root=PATH"
+        f"is: --cfg-options {key}.data_root=PATH"
     )
     if layout:
         text += (

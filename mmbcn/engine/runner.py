@@ -4,8 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
+from mmengine.device import get_device
 from mmengine.runner import Runner
+from torch import nn
 
 import mmbcn
 from mmbcn.engine.data_check import check_files, check_folders
@@ -43,6 +45,24 @@ class NormRunner(Runner):
         for hook in (LabelCheckHook(), NormGuardHook()):
             self.register_hook(hook)
 
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """Set up the environment; ranks on CPUs exchange over gloo (mmengine asks for CUDA)."""
+        if self._launcher == "pytorch" and get_device() == "cpu" and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for several ranks, on CPUs too."""
+        if model_wrapper_cfg is None and self.distributed and get_device() == "cpu":
+            unused = self.cfg.get("find_unused_parameters", False)
+            model_wrapper_cfg = dict(
+                type="MMDistributedDataParallel",
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=unused,
+            )
+        return super().wrap_model(model_wrapper_cfg, model)
+
     def dump_config(self) -> None:
         """Save the config in the work_dir.
 
@@ -56,7 +76,7 @@ class NormRunner(Runner):
         elif self.rank == 0:
             self.cfg.dump(str(Path(self.work_dir, "config.py")))
 
-    def train(self) -> torch.nn.Module:
+    def train(self) -> nn.Module:
         """Check the data of the training and validation sets, then train."""
         check_folders(self.cfg, ("train", "val"))
         return super().train()

@@ -33,9 +33,10 @@ class BatchChannelNorm(nn.GroupNorm):
     """What the batch-channel norms share; use `BCN`, `MicroBCN` or `SyncBCN`.
 
     ``weight`` and ``bias`` (num_groups,) are the group stage's affine; ``bn`` holds the batch
-    stage. It is a BatchNorm so that what mm code does to BatchNorms (``norm_eval``, freezing,
-    ``convert_sync_batchnorm``) reaches it, and its *type* says whether ranks share statistics. A
-    GroupNorm outside, because what replaces or fuses BatchNorms must not drop the group stage.
+    stage. It is a BatchNorm so that what mm code does to BatchNorms reaches it: ``norm_eval``,
+    freezing, and ``convert_sync_batchnorm``, after which ranks share statistics. (With ``sync`` it
+    is no SyncBatchNorm all the same: DistributedDataParallel refuses those on CPUs.) A GroupNorm
+    outside, because what replaces or fuses BatchNorms must not drop the group stage.
     Subclasses name ``nn.GroupNorm`` among their bases again: mmengine's initializers look at the
     direct bases only.
     """
@@ -62,10 +63,9 @@ class BatchChannelNorm(nn.GroupNorm):
         self.num_features = num_features
         self.weight = nn.Parameter(torch.ones(num_groups))
         self.bias = nn.Parameter(torch.zeros(num_groups))
-        if sync:
-            self.bn = nn.SyncBatchNorm(num_features, eps, momentum, process_group=process_group)
-        else:
-            self.bn = nn.BatchNorm2d(num_features, eps, momentum)
+        self.bn = nn.BatchNorm2d(num_features, eps, momentum)
+        self.sync = sync
+        self.process_group = process_group
         self._memory = StatisticsMemory()
 
     @property
@@ -123,12 +123,12 @@ class BatchChannelNorm(nn.GroupNorm):
         return self.bn.running_mean, self.bn.running_var
 
     def _group(self) -> dist.ProcessGroup:
-        return getattr(self.bn, "process_group", None) or dist.group.WORLD
+        return self.process_group or getattr(self.bn, "process_group", None) or dist.group.WORLD
 
     def _is_sync(self) -> bool:
         """Whether statistics are shared: ``bn`` may have been converted, to torch's or mmcv's."""
         return (
-            type(self.bn).__name__ == "SyncBatchNorm"
+            (self.sync or type(self.bn).__name__ == "SyncBatchNorm")
             and dist.is_available()
             and dist.is_initialized()
             and dist.get_world_size(self._group()) > 1

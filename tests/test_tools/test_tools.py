@@ -185,3 +185,19 @@ def test_foreign_config_by_runner_type(tmp_path):
     code, out = run(mim / "tools/train.py", child, *args, "norm=bcn_ws")
     assert code == 0, out[-3000:]
     assert "mmbcn.BCN" in (tmp_path / "w/child.py").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_on_cpus_train_and_test(tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable, "PORT": "29637", "OMP_NUM_THREADS": "1"}
+    options = ["--norm", "syncbcn", "--work-dir", str(tmp_path), "--cfg-options", *TINY]
+
+    def launch(*args):
+        command = ["bash", *map(str, args), *options]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    done = launch("tools/dist_train.sh", CONFIG, 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = launch("tools/dist_test.sh", CONFIG, tmp_path / "iter_2.pth", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mIoU" in done.stdout + done.stderr
