@@ -26,7 +26,8 @@ class LabelCheckHook(Hook):
         head = head[-1] if isinstance(head, torch.nn.ModuleList) else head
         if head is None or not isinstance(data_batch, dict):
             return
-        ignore = 255 if head.ignore_index is None else head.ignore_index
+        ignore = getattr(head, "ignore_index", None)
+        ignore = 255 if ignore is None else ignore
         for sample in data_batch.get("data_samples") or ():
             if "gt_sem_seg" not in sample:
                 continue
