@@ -4,7 +4,6 @@ So that the configs of those sets run without them. The files appear in the targ
 when all of them are written.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
-import mmengine
 
+from mmbcn.datasets.parallel import run_parallel
 from mmbcn.datasets.shapes import encode_png
+from mmbcn.datasets.shapes_raw import RAW_FILES, SBD
 from mmbcn.datasets.shapes_scene import check_scene, draw_scene
 from mmbcn.errors import UsageError
 
@@ -53,6 +53,10 @@ LAYOUTS: dict[str, Callable[[_Scene], tuple[str, str]]] = {
     "camvid": _camvid,
 }
 
+# The splits in each list. SBD has images of VOC's training and validation sets too.
+VOC_LISTS = dict(train=("train",), val=("val",), trainval=("train", "val"), aug=("aug",))
+SBD_LISTS = dict(train=("aug",), val=("train", "val"))
+
 
 def write_shapes(
     out: str | Path,
@@ -62,6 +66,7 @@ def write_shapes(
     size: tuple[int, int] = (256, 512),
     seed: int = 0,
     workers: int = 1,
+    raw: bool = False,
 ) -> dict[str, int]:
     """Write a training and a validation set to ``out``.
 
@@ -78,6 +83,8 @@ def write_shapes(
         size: (height, width) of a scene, in pixels.
         seed: Which sets.
         workers: Number of processes.
+        raw: Write as well what the labels are made from: Cityscapes' polygons and ``labelIds``,
+            or SBD (of VOC) in ``benchmark_RELEASE``.
 
     Returns:
         The number of scenes of each split.
@@ -90,6 +97,8 @@ def write_shapes(
     for name, value in dict(num_train=num_train, num_val=num_val, workers=workers).items():
         if value < 1:
             raise UsageError(f"{name} must be 1 or more, got {value}")
+    if raw and layout not in RAW_FILES:
+        raise UsageError(f"raw is for the layouts {' and '.join(RAW_FILES)}, not for {layout}")
     check_scene(seed, size)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -108,36 +117,37 @@ def write_shapes(
     with tempfile.TemporaryDirectory(
         prefix=".partial-", dir=out, ignore_cleanup_errors=True
     ) as partial_dir:
-        write = partial(_write_scene, Path(partial_dir), layout, size)
-        if workers == 1:
-            mmengine.track_progress(write, scenes, file=sys.stderr)
-        else:
-            mmengine.track_parallel_progress(write, scenes, workers, file=sys.stderr)
+        write = partial(_write_scene, Path(partial_dir), layout, size, raw)
+        for _ in run_parallel(write, scenes, workers, "scenes"):
+            pass
         if layout == "voc":
-            _write_voc_lists(Path(partial_dir), scenes)
+            folder = Path(partial_dir) / "ImageSets" / "Segmentation"
+            _write_lists(folder, scenes, VOC_LISTS)
+            if raw:
+                _write_lists(Path(partial_dir) / SBD, scenes, SBD_LISTS)
         for folder in sorted(Path(partial_dir).iterdir()):
             folder.replace(out / folder.name)
     splits = [scene.split for scene in scenes]
     return {split: splits.count(split) for split in dict.fromkeys(splits)}
 
 
-def _write_scene(root: Path, layout: str, size: tuple[int, int], scene: _Scene) -> None:
+def _write_scene(root: Path, layout: str, size: tuple[int, int], raw: bool, scene: _Scene) -> None:
     image, label = draw_scene(scene.seed, scene.index, *size)
-    image_path, label_path = (root / path for path in LAYOUTS[layout](scene))
-    for path in (image_path, label_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if image_path.suffix == ".jpg":
-        image_path.write_bytes(cv2.imencode(".jpg", image, _JPEG_FLAGS)[1].tobytes())
+    image_path, label_path = LAYOUTS[layout](scene)
+    files = {label_path: encode_png(label)}
+    if image_path.endswith(".jpg"):
+        files[image_path] = cv2.imencode(".jpg", image, _JPEG_FLAGS)[1].tobytes()
     else:
-        image_path.write_bytes(encode_png(image))
-    label_path.write_bytes(encode_png(label))
+        files[image_path] = encode_png(image)
+    if raw:
+        files |= RAW_FILES[layout](label_path, label)
+    for path, data in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
 
 
-def _write_voc_lists(root: Path, scenes: list[_Scene]) -> None:
-    folder = root / "ImageSets" / "Segmentation"
-    folder.mkdir(parents=True)
-    for file, splits in dict(
-        train=("train",), val=("val",), trainval=("train", "val"), aug=("aug",)
-    ).items():
+def _write_lists(folder: Path, scenes: list[_Scene], lists: dict[str, tuple[str, ...]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, splits in lists.items():
         names = [f"{scene.name}\n" for scene in scenes if scene.split in splits]
         (folder / f"{file}.txt").write_text("".join(names))

@@ -33,6 +33,12 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=parse_size, default="256x512", help="height x width (%(default)s)")
     add("--seed", type=int, default=0, help="which scenes (%(default)s)")
     add("--workers", type=int, default=1, help="number of processes (%(default)s)")
+    add(
+        "--raw",
+        action="store_true",
+        help="also write what the dataset is published as: polygons and labelIds (cityscapes), "
+        "SBD's .mat files (voc)",
+    )
     return parser.parse_args()
 
 
@@ -42,7 +48,7 @@ def main() -> None:
     out = args.out or DEFAULT_OUT[args.layout]
     try:
         counts = write_shapes(
-            out, args.layout, args.train, args.val, args.size, args.seed, args.workers
+            out, args.layout, args.train, args.val, args.size, args.seed, args.workers, args.raw
         )
     except (UsageError, OSError) as e:
         raise SystemExit(f"error: {e}") from None

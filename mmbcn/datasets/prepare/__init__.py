@@ -1,0 +1,1 @@
+"""Turns published datasets into what mmsegmentation reads."""
