@@ -14,6 +14,7 @@ from mmbcn.datasets.parallel import run_parallel
 
 # A normalized image should have a mean near 0 and a standard deviation near 1.
 MAX_MEAN, MAX_SPREAD = 2.0, 4.0
+_SHOWN = 20
 
 
 @dataclass
@@ -157,8 +158,8 @@ def _check_classes(diagnosis: Diagnosis, num_classes: int) -> None:
     part = diagnosis.part
     absent = [k for k in range(num_classes) if not diagnosis.counts[k]]
     if absent:
-        names = ", ".join(part.classes[k] for k in absent)
-        text = f"{len(absent)} of {num_classes}: {names}"
+        names = ", ".join(part.classes[k] for k in absent[:_SHOWN])
+        text = f"{len(absent)} of {num_classes}: {names}{', ...' if len(absent) > _SHOWN else ''}"
         if getattr(part.dataset, "reduce_zero_label", False) and num_classes - 1 in absent:
             text += ". Perhaps 0 is a class: then reduce_zero_label must be False"
         diagnosis.find(Finding("classes that never occur", "", text))

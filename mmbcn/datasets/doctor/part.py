@@ -89,11 +89,12 @@ def open_parts(cfg: Mapping[str, Any], splits: Sequence[str]) -> list[Part]:
 
 
 def find_orphans(parts: Sequence[Part], part: Part) -> list[str]:
-    """The labels in the folder of a part that lists no files, which no part has an image for."""
+    """The labels in the folder of a part that reads it whole, which no part has an image for."""
     dataset = part.dataset
     folder = (getattr(dataset, "data_prefix", None) or {}).get("seg_map_path")
-    listed = getattr(dataset, "ann_file", "") and not Path(dataset.ann_file).is_dir()
-    if not isinstance(dataset, BaseSegDataset) or listed or not folder or not Path(folder).is_dir():
+    if not isinstance(dataset, BaseSegDataset) or not folder or not Path(folder).is_dir():
+        return []
+    if dataset._indices is not None or (dataset.ann_file and not Path(dataset.ann_file).is_dir()):
         return []
     known = {Path(label) for other in parts for _, label in other.paths() if label}
     labels = (path for path in Path(folder).rglob(f"*{dataset.seg_map_suffix}") if path.is_file())

@@ -18,35 +18,38 @@ from mmbcn.errors import UsageError
 NUM_TILES, NUM_BAD, COLUMNS, TILE_WIDTH = 24, 8, 4, 480
 IGNORED, NO_CLASS = (255, 255, 255), (255, 0, 255)
 _LEGEND_ROW = 0.25  # inches
+_NOTHING_TO_SEE = ("missing", "unreadable")  # kinds of errors
 
 
 def write_pictures(diagnosis: Diagnosis, folder: Path) -> list[Path]:
     """Write ``<part>_overlays.png`` and ``<part>_classes.png``.
 
-    The first shows samples with an error, as far as they can be read, and others from all over
-    the part. The second is written where there are labels.
+    The first shows samples with an error, where image and label can be read, and others from all
+    over the part. The second is written where there are labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    if diagnosis.part.samples:
+    reasons = _reasons(diagnosis)
+    chosen = _chosen(diagnosis, reasons)
+    if chosen:
         paths.append(folder / f"{diagnosis.part.name}_overlays.png")
-        _sheet(diagnosis).savefig(paths[-1], dpi=100)
+        _sheet(diagnosis.part, chosen, reasons).savefig(paths[-1], dpi=100)
     if diagnosis.labels:
         paths.append(folder / f"{diagnosis.part.name}_classes.png")
         _chart(diagnosis).savefig(paths[-1], dpi=100)
     return paths
 
 
-def _chosen(diagnosis: Diagnosis) -> list[int]:
-    bad = sorted(diagnosis.bad)[:NUM_BAD]
+def _chosen(diagnosis: Diagnosis, reasons: dict[int, str]) -> list[int]:
+    """Indices of the samples that are shown."""
+    bad = [i for i, text in sorted(reasons.items()) if not text.startswith(_NOTHING_TO_SEE)]
     good = [i for i in range(len(diagnosis.part.samples)) if i not in diagnosis.bad]
-    number = min(NUM_TILES - len(bad), len(good))
-    return bad + [good[i] for i in np.linspace(0, len(good) - 1, number).round().astype(int)]
+    number = min(NUM_TILES - len(bad[:NUM_BAD]), len(good))
+    chosen = np.linspace(0, len(good) - 1, number).round().astype(int)
+    return bad[:NUM_BAD] + [good[i] for i in chosen]
 
 
-def _sheet(diagnosis: Diagnosis) -> Figure:
-    part, chosen = diagnosis.part, _chosen(diagnosis)
-    reasons = _reasons(diagnosis)
+def _sheet(part: Part, chosen: list[int], reasons: dict[int, str]) -> Figure:
     tiles = [_tile(part, index) for index in chosen]
     seen = set().union(*(values for _, values in tiles))
     names = dict(enumerate(part.classes))

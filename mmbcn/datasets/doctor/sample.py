@@ -105,7 +105,8 @@ def _run(transforms: list[Any], results: dict[str, Any], key: str) -> dict[str, 
         try:
             results = transform(results)
         except Exception as error:  # whatever a transform may raise
-            raise UsageError(f"{name}: {type(error).__name__}: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise UsageError(f"{name} fails: {reason}") from error
     if not results or results.get(key) is None:
         raise UsageError(f"{name} gives no {key!r}")
     return results
@@ -198,6 +199,8 @@ def _check_values(
             text += f" (in the file: {_list(in_file)})"
         reduced = bool(results.get("reduce_zero_label"))
         cause = guess_cause(in_file, num_classes, reader.ignore_index, reduced)
+        if any(finding.kind == "label stored with loss" for finding in findings):
+            cause = "a JPEG, which changes class indices"
         text += f"; the classes are 0 to {num_classes - 1}. Perhaps {cause}"
         findings.append(Finding("label values outside the classes", path, text))
     elif ignored.all():
