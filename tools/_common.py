@@ -61,6 +61,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a tool; a user's mistake ends it with one message."""
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells report it
     except UsageError as error:
         raise SystemExit(f"error: {error}") from None
     except ValueError as error:
