@@ -4,7 +4,7 @@ import os
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmbcn.errors import UsageError
 from mmbcn.ops import aten
@@ -30,6 +30,8 @@ def backend_for(x: Tensor) -> str:
         return wanted
     if x.numel() < _SMALL or torch._C._are_functorch_transforms_active():
         return "reference"
+    if torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+        return "reference"  # a trace, a fake or distributed tensor: its values are not to be read
     return "aten"
 
 

@@ -1,0 +1,132 @@
+"""What the benchmarks share: fair timing, where it was measured, CSV and Markdown."""
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+Row = dict[str, Any]
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: 20 %, 50 % and 80 % quantile over the rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_interleaved(
+    cases: dict[str, Callable[[], object]],
+    seconds: float = 1.0,
+    min_rounds: int = 7,
+    warm: bool = False,
+) -> dict[str, Timing]:
+    """Time the cases in turn, so that whatever slows the machine down slows all of them.
+
+    Every round calls each case once, beginning with another one than the round before; two rounds
+    of warming up are not counted.
+
+    Args:
+        cases: what to call, by name.
+        seconds: time for all rounds together.
+        min_rounds: as many at least, however long they take.
+        warm: call each case once more right before it is timed, so that it finds the memory that
+            itself has freed, not what another case has left.
+    """
+    names = list(cases)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    done = -2
+    while done < min_rounds or time.perf_counter() < end:
+        for i in range(len(names)):
+            name = names[(i + done) % len(names)]
+            if warm:
+                cases[name]()
+            _wait_for_device()
+            start = time.perf_counter()
+            cases[name]()
+            _wait_for_device()
+            if done >= 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+        done += 1
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _timing(values: list[float]) -> Timing:
+    fifths = quantiles(values, n=5)
+    return Timing(fifths[0], median(values), fifths[3])
+
+
+def environment(device: str = "cpu") -> Row:
+    """Where and with what it was measured: the last columns of every CSV row."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
+    return dict(
+        device=torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=triton,
+        commit=_commit(),
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("-changed" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Write rows that all have the first one's keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(path)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The rows as a Markdown table, headed by the first one's keys; floats with two decimals."""
+
+    def line(cells: list[Any]) -> str:
+        return (
+            "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+        )
+
+    head = list(rows[0])
+    return "\n".join(
+        [line(head), line(["---"] * len(head)), *(line(list(row.values())) for row in rows)]
+    )
