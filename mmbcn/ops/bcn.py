@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbcn.ops import reference
-from mmbcn.ops.backend import backend_for, passes
-from mmbcn.ops.coefficients import Stages, gradients, scale_and_shift, stages
+from mmbcn.ops.backend import arithmetic, backend_for, passes
+from mmbcn.ops.coefficients import Stages
 
 _MANY_POSITIONS = 512  # above, the values that backward keeps per row are less than 1 % of x
 
@@ -89,11 +89,8 @@ class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *tensors_and_settings: Any) -> Tensor:
         *inputs, row_mean, row_var, settings = tensors_and_settings
-        mean, var, bn_weight, bn_bias, weight, bias = inputs
         with _autocast_off(x):
-            num_groups, bn_eps, eps, _, _ = settings
-            s = stages(row_mean, row_var, mean, var, bn_weight, bn_bias, num_groups, bn_eps, eps)
-            scale, shift = scale_and_shift(s, weight, bias)
+            s, scale, shift = arithmetic(x).forward(row_mean, row_var, *inputs, *settings[:3])
             y = passes(x).scale_shift(x, row_mean, row_var, scale, shift)
         many = x[:1].numel() >= _MANY_POSITIONS * x.shape[1]
         ctx.save_for_backward(x, *inputs, *((row_mean, row_var, *s) if many else ()))
@@ -104,7 +101,7 @@ class _BatchChannelNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         inputs, kept = saved[:6], saved[6:]
-        mean, var, bn_weight, bn_bias, weight, _ = inputs
+        mean, var, bn_weight, _, weight, _ = inputs
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradient will be differentiated
             y = reference.batch_channel_norm(x, *inputs, *ctx.settings)
@@ -114,11 +111,14 @@ class _BatchChannelNorm(torch.autograd.Function):
         num_groups, bn_eps, eps, count, group = ctx.settings
         with _autocast_off(x):
             row_mean, row_var = kept[:2] or row_moments(x)
-            batch = row_mean, row_var, mean, var, bn_weight
-            s = Stages(*kept[2:]) if kept else stages(*batch, bn_bias, num_groups, bn_eps, eps)
+            if kept:
+                s = Stages(*kept[2:])
+            else:
+                s = arithmetic(x).forward(row_mean, row_var, *inputs, num_groups, bn_eps, eps)[0]
             t1, t2 = passes(x).row_dots(dy, x, row_mean)
             positions = x[:1].numel() // x.shape[1]
-            grads, pqr = gradients(s, t1, t2, *batch, weight, positions, bn_eps, count, group)
+            rows = t1, t2, row_mean, row_var, mean, var, bn_weight, weight
+            grads, pqr = arithmetic(x).gradients(s, *rows, positions, bn_eps, count, group)
             dx = passes(x).combine(dy, x, row_mean, row_var, *pqr) if needs[0] else None
         grads = (grad.to(t.dtype) for grad, t in zip(grads, inputs[2:], strict=True))
         return dx, None, None, *grads, None, None, None

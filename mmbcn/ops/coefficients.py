@@ -52,6 +52,24 @@ def scale_and_shift(s: Stages, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
     return (s.slope * weight).flatten(1), torch.addcmul(bias, s.centre, weight).flatten(1)
 
 
+def forward(
+    row_mean: Tensor,
+    row_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    bn_eps: float,
+    eps: float,
+) -> tuple[Stages, Tensor, Tensor]:
+    """Both stages, and scale and shift of each row."""
+    s = stages(row_mean, row_var, mean, var, bn_weight, bn_bias, num_groups, bn_eps, eps)
+    return s, *scale_and_shift(s, weight, bias)
+
+
 def gradients(
     s: Stages,
     t1: Tensor,

@@ -10,6 +10,8 @@ would otherwise recompute the update too, from estimates that have moved, and us
 import torch
 from torch import Tensor
 
+from mmbcn.ops.backend import has_kernels
+
 
 def update_estimates(
     running_mean: Tensor,
@@ -43,6 +45,12 @@ def update_estimates(
     Shape: all (C,) but num_batches_tracked and count
     """
     estimates = running_mean, running_var, num_batches_tracked
+    if isinstance(count, int) and count > (0 if micro else 1) and has_kernels(mean):
+        from mmbcn.ops import triton_estimates
+
+        return triton_estimates.update_estimates(
+            *estimates, mean, var, count, momentum, micro, warmup
+        )
     if not torch.compiler.is_compiling():
         return _update(*estimates, mean, var, count, momentum, micro, warmup)
     if not isinstance(count, Tensor):

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmbcn.ops.backend import has_kernels
+
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce (sum) whose gradient is the sum of all ranks' gradients."""
@@ -43,9 +45,14 @@ def batch_moments(row_mean: Tensor, row_var: Tensor, positions: int) -> tuple[Te
     """
     if not len(row_mean):
         return row_mean.sum(0), row_var.sum(0), 0
+    count = len(row_mean) * positions
+    if has_kernels(row_mean) and not row_mean.requires_grad:
+        from mmbcn.ops import triton_estimates
+
+        return *triton_estimates.batch_moments(row_mean, row_var), count
     mean = row_mean.mean(0)
     between = row_mean - mean
-    return mean, torch.addcmul(row_var, between, between).mean(0), len(row_mean) * positions
+    return mean, torch.addcmul(row_var, between, between).mean(0), count
 
 
 def share_moments(
