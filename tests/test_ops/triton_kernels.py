@@ -32,9 +32,11 @@ SHAPES = {
     "1d": (2, 6, 17),
     "3d": (2, 6, 3, 2, 3),
 }
-CASES = [(name, False) for name in SHAPES]
-CASES += [(name, True) for name, shape in SHAPES.items() if len(shape) > 3]
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = [(name, False) for name in SHAPES]
+LAYOUTS += [(name, True) for name, shape in SHAPES.items() if len(shape) > 3]
+CASES = [(*layout, torch.float32) for layout in LAYOUTS]
+OTHERS = torch.float64, torch.float16, torch.bfloat16
+CASES += [("odd", last, dtype) for dtype in OTHERS for last in (False, True)]
 # of results, against the largest; the interpreter truncates to bfloat16
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -42,7 +44,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, tor
 @pytest.fixture(autouse=True)
 def hard_conditions(monkeypatch):
     monkeypatch.setenv("MMBCN_BACKEND", "triton")
-    monkeypatch.setattr(triton_passes, "_TILE", 32)
+    monkeypatch.setattr(triton_passes, "_TILE", 64)
     monkeypatch.setattr(triton_passes, "_CHANNELS", 16)
     monkeypatch.setattr(triton_coefficients, "_BLOCK", 32)
     for name in ("empty", "empty_like"):
@@ -96,8 +98,7 @@ def test_the_cases_have_several_parts_of_several_tiles():
     assert triton_passes._cut(values(SHAPES["channels"], last=True)).blocks > 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "last"), CASES)
+@pytest.mark.parametrize(("name", "last", "dtype"), CASES)
 def test_passes(name, last, dtype):
     x = values(SHAPES[name], dtype, last=last)
     dy = values(SHAPES[name], dtype, seed=1)  # contiguous, also where x is not
@@ -185,19 +186,18 @@ def by_kernels(x, dy, affine, groups, constants):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "constants"])
-@pytest.mark.parametrize(("name", "last"), CASES)
-def test_output_and_every_gradient(name, last, frozen):
+@pytest.mark.parametrize(("name", "last", "dtype"), CASES)
+def test_output_and_every_gradient(name, last, dtype, frozen):
     groups = {"odd": 2, "parts": 1, "no_position": 2}.get(name, 3)
-    for dtype in DTYPES if name == "odd" else DTYPES[:1]:
-        statistics = torch.float64 if dtype == torch.float64 else torch.float32
-        x, dy = (values(SHAPES[name], dtype, seed, last=last) for seed in (0, 1))
-        *affine, mean, var = parameters(x.shape[1], groups, statistics)
-        arguments = x, dy, affine, groups, (mean, var) if frozen else None
-        results = by_kernels(*arguments), by_torch(*arguments)
-        for what, actual, expected in zip(NAMES, *results, strict=True):
-            assert actual.dtype == (dtype if what in "yx" else statistics)
-            tolerance = 10 * TOLERANCE[dtype if what in "yx" else statistics]
-            assert error(actual, expected) < tolerance, (what, dtype)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy = (values(SHAPES[name], dtype, seed, last=last) for seed in (0, 1))
+    *affine, mean, var = parameters(x.shape[1], groups, statistics)
+    arguments = x, dy, affine, groups, (mean, var) if frozen else None
+    results = by_kernels(*arguments), by_torch(*arguments)
+    for what, actual, expected in zip(NAMES, *results, strict=True):
+        wanted = dtype if what in "yx" else statistics
+        assert actual.dtype == wanted
+        assert error(actual, expected) < max(TOLERANCE[wanted], 10 * TOLERANCE[statistics]), what
 
 
 @pytest.mark.parametrize("groups", [1, 20])
