@@ -76,8 +76,9 @@ def _seal(weight: Tensor, variant: tuple, standardized: Tensor) -> None:
 
 def _is_recorded() -> bool:
     """Whether this pass is recorded, to be repeated when the weights may be others."""
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return capturing or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(tensor: Tensor) -> torch.cuda.Stream | None:

@@ -22,6 +22,7 @@ directions are one call of torch's layer-norm kernel and a product. With ``var =
 The backward pass keeps y, which the convolution keeps anyway, and the weights.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def standardize_weight(
     if torch.jit.is_scripting():
         return standardize_weight_reference(weight, eps, eps_inside, unbiased)
     else:
-        if weight.dim() < 2 or weight.shape[1:].numel() < 2:
+        if weight.dim() < 2 or math.prod(weight.shape[1:]) < 2:
             raise ValueError(
                 f"standardize_weight expects filters of at least 2 weights, (C_out, C_in, ...), "
                 f"got shape {tuple(weight.shape)}: standardizing a single weight makes it zero"
