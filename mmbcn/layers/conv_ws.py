@@ -74,9 +74,12 @@ def _seal(weight: Tensor, variant: tuple, standardized: Tensor) -> None:
     weight.__class__ = _SealedWeight
 
 
-def _is_recorded() -> bool:
+def _is_recorded(weight: Tensor) -> bool:
     """Whether this pass is recorded, to be repeated when the weights may be others."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
+        return True
+    if torch.jit.is_tracing():
+        _unseal(weight)  # breaking the seal would be recorded too
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -158,9 +161,9 @@ class WSConv2d(nn.Conv2d):
         return super().train(mode)
 
     def _weight_in_use(self) -> Tensor:
-        if self.training or torch.is_grad_enabled() or _is_recorded():
-            return self.standardized_weight()
         weight = self.weight
+        if _is_recorded(weight) or self.training or torch.is_grad_enabled():
+            return self.standardized_weight()
         variant = (self.eps, self.eps_inside, self.unbiased)
         known = weight.__dict__.get("_standardized") if type(weight) is _SealedWeight else None
         if known and known[:2] == (variant, _stream(known[2])):

@@ -10,16 +10,16 @@ the authors' DeepLabV3, ``ConvWS``  (W - mean) / (std_unbiased + eps)
 the paper, version 2, eq. 5-7       (W - mean) / sqrt(var_biased + eps)
 ==================================  ===========================================
 
-All of them are a layer normalization of each filter times a constant of the filter, so both
-directions are one call of torch's layer-norm kernel and a product. With ``var = b * var_biased``
-(b = n / (n - 1) where unbiased, else 1), the kernel's ``rstd``, and n weights in a filter:
+All of them are a layer normalization of each filter times a constant of the filter, so each
+direction is one call of torch's layer-norm kernel and a product. With n weights in a filter,
+``var = b * var_biased`` (b = n / (n - 1) where unbiased, else 1), the kernel's ``rstd``, and
+``d = b`` where eps is inside the root, else ``b + sqrt(b) * eps * rstd``:
 
-- ``y = rstd * (W - mean) * sqrt(b) / root^2``, where ``root^2`` is b with eps inside the root and
-  ``b + sqrt(b) * eps * rstd`` with eps outside
-- ``dW = rstd * sqrt(b) / root^2 * (dy - mean(dy) - root^2 / n * y * sum(dy * y))``, which is the
-  kernel's backward of an input y with mean 0 and rstd ``root``, times ``rstd * sqrt(b) / root^3``
+- ``y = sqrt(b) / d * rstd * (W - mean)``
+- ``dW = sqrt(b) / d * rstd * (dy - mean(dy) - d / n * y * sum(dy * y))``: the kernel's backward for
+  an input y of mean 0 and rstd ``sqrt(d)``, times ``sqrt(b) / d^1.5 * rstd``
 
-The backward pass keeps y, which the convolution keeps anyway, and the weights.
+The backward pass keeps the weights, and y, which the convolution keeps anyway.
 """
 
 import math
@@ -35,7 +35,7 @@ def standardize_weight(
     """Standardize each output filter over its incoming weights.
 
     Statistics are computed in float32 (float64 for float64 weights); dtype and memory format are
-    the weight's. Differentiable any number of times, in reverse and forward mode.
+    the weight's. Differentiable any number of times, and by ``torch.func``'s transforms.
 
     Args:
         weight: filters of a convolution.
@@ -49,7 +49,7 @@ def standardize_weight(
     Raises:
         ValueError: a filter has one weight only, or ``weight`` has less than two dimensions.
     """
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
         return standardize_weight_reference(weight, eps, eps_inside, unbiased)
     else:
         if weight.dim() < 2 or math.prod(weight.shape[1:]) < 2:
@@ -57,14 +57,9 @@ def standardize_weight(
                 f"standardize_weight expects filters of at least 2 weights, (C_out, C_in, ...), "
                 f"got shape {tuple(weight.shape)}: standardizing a single weight makes it zero"
             )
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # compilers fuse it themselves
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return standardize_weight_reference(weight, eps, eps_inside, unbiased)
-        channels_last = weight.stride(1) < weight.stride(-1)
-        filters = weight.movedim(1, -1) if channels_last else weight
-        rows = filters.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        y = _Standardize.apply(rows, eps, eps_inside, unbiased)[0]
-        y = y.to(weight.dtype).view(filters.shape)
-        return y.movedim(-1, 1) if channels_last else y
+        return _Standardize.apply(weight, eps, eps_inside, unbiased)
 
 
 def standardize_weight_reference(
@@ -83,53 +78,62 @@ def standardize_weight_reference(
 
 
 class _Standardize(torch.autograd.Function):
-    """Rows (filters, n) -> standardized rows, and the kernel's rstd (filters, 1)."""
-
-    generate_vmap_rule = True
+    """The fused form, for eager execution: compilers and tracers fuse the plain one themselves."""
 
     @staticmethod
-    def forward(
-        rows: Tensor, eps: float, eps_inside: bool, unbiased: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, eps: float, eps_inside: bool, unbiased: bool) -> Tensor:
+        rows = _to_rows(weight, weight)
         n = rows.shape[1]
         b = n / (n - 1) if unbiased else 1.0
         floor = torch.finfo(rows.dtype).tiny  # a constant filter becomes zero, never 0 * inf
         inner = max(eps / b, floor) if eps_inside else floor
         centred = rows - rows.mean(1, keepdim=True)  # the kernel loses digits where mean >> spread
         y, _, rstd = torch.native_layer_norm(centred, [n], None, None, inner)
-        y.mul_(b**-0.5 if eps_inside else (b**0.5 + eps * rstd).reciprocal_())
-        return y, rstd
+        if eps_inside:
+            y.mul_(b**-0.5)
+        else:
+            y.div_(torch.add(b**0.5, rstd, alpha=eps))
+        ctx.save_for_backward(weight, y, rstd)
+        ctx.variant = (eps, eps_inside, unbiased)
+        return _from_rows(y, weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        rows, *ctx.variant = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(rows, *output)
-        ctx.save_for_forward(rows, *output)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, y, rstd = ctx.saved_tensors
+        eps, eps_inside, unbiased = ctx.variant
+        if torch.is_grad_enabled():  # somebody may differentiate this once more
+            _, vjp = torch.func.vjp(lambda w: standardize_weight_reference(w, *ctx.variant), weight)
+            return vjp(grad)[0], None, None, None
+        n = y.shape[1]
+        b = n / (n - 1) if unbiased else 1.0
+        if eps_inside:
+            root, scale = torch.full_like(rstd, b**0.5), rstd * (1 / b)
+        else:
+            d = torch.add(b, rstd, alpha=b**0.5 * eps)
+            root = d.sqrt()
+            scale = (rstd * b**0.5).div_(d).div_(root)
+        mean = torch.zeros_like(rstd)
+        rows = torch.ops.aten.native_layer_norm_backward(
+            _to_rows(grad, weight), y, [n], mean, root, None, None, [True, False, False]
+        )[0]
+        return _from_rows(rows.mul_(scale), weight), None, None, None
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
-        return _times_jacobian(grad, *ctx.saved_tensors, *ctx.variant), None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        return _times_jacobian(tangent, *ctx.saved_tensors, *ctx.variant), None
+def _to_rows(values: Tensor, weight: Tensor) -> Tensor:
+    """(C_out, C_in, ...) -> (C_out, n) in the weight's memory order, in float32 or float64."""
+    if _channels_last(weight):
+        values = values.movedim(1, -1)
+    rows = values.reshape(weight.shape[0], math.prod(weight.shape[1:]))
+    return rows.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _times_jacobian(
-    v: Tensor, rows: Tensor, y: Tensor, rstd: Tensor, eps: float, eps_inside: bool, unbiased: bool
-) -> Tensor:
-    """The Jacobian of each row times ``v``; it is symmetric, so this is either direction."""
-    if torch.is_grad_enabled():  # somebody may differentiate this once more
+def _from_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """The way back, with the weight's shape, dtype and memory format."""
+    rows = rows.to(weight.dtype)
+    if _channels_last(weight):
+        return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
+    return rows.view(weight.shape)
 
-        def plain(rows: Tensor) -> Tensor:
-            return standardize_weight_reference(rows, eps, eps_inside, unbiased)
 
-        return torch.func.vjp(plain, rows)[1](v)[0]
-    n = rows.shape[1]
-    b = n / (n - 1) if unbiased else 1.0
-    root = torch.full_like(rstd, b**0.5) if eps_inside else (b + b**0.5 * eps * rstd).sqrt_()
-    v = torch.ops.aten.native_layer_norm_backward(
-        v, y, [n], torch.zeros_like(rstd), root, None, None, [True, False, False]
-    )[0]
-    return v.mul_(rstd * b**0.5 / root**3)
+def _channels_last(weight: Tensor) -> bool:
+    return weight.stride(1) < weight.stride(-1)

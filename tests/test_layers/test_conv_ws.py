@@ -412,10 +412,11 @@ def test_compiled_after_eval(grad):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("how", ["trace", "script", "fx", "export", "export strict"])
-def test_exported_after_eval_keeps_no_constant(how):
+def test_exported_after_eval_keeps_no_constant(how, grad):
     conv, x = frozen()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         exported = {
             "trace": lambda: torch.jit.trace(conv, x),
             "script": lambda: torch.jit.script(conv),
