@@ -13,11 +13,11 @@ the paper, version 2, eq. 5-7       (W - mean) / sqrt(var_biased + eps)
 All of them are a layer normalization of each filter times a constant of the filter, so each
 direction is one call of torch's layer-norm kernel and a product. With n weights in a filter,
 ``var = b * var_biased`` (b = n / (n - 1) where unbiased, else 1), the kernel's ``rstd``, and
-``d = b`` where eps is inside the root, else ``b + sqrt(b) * eps * rstd``:
+``t = sqrt(b)`` where eps is inside the root, else ``sqrt(b) + eps * rstd``:
 
-- ``y = sqrt(b) / d * rstd * (W - mean)``
-- ``dW = sqrt(b) / d * rstd * (dy - mean(dy) - d / n * y * sum(dy * y))``: the kernel's backward for
-  an input y of mean 0 and rstd ``sqrt(d)``, times ``sqrt(b) / d^1.5 * rstd``
+- ``y = rstd / t * (W - mean)``
+- ``dW = rstd / t * (dy - mean(dy) - sqrt(b) * t / n * y * sum(dy * y))``: the kernel's backward for
+  an input y of mean 0 and rstd ``root = sqrt(sqrt(b) * t)``, times ``rstd / t / root``
 
 The backward pass keeps the weights, and y, which the convolution keeps anyway.
 """
@@ -82,58 +82,49 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, eps: float, eps_inside: bool, unbiased: bool) -> Tensor:
-        rows = _to_rows(weight, weight)
+        channels_last = weight.stride(1) < weight.stride(-1)
+        rows = _to_rows(weight, channels_last)
         n = rows.shape[1]
         b = n / (n - 1) if unbiased else 1.0
         floor = torch.finfo(rows.dtype).tiny  # a constant filter becomes zero, never 0 * inf
         inner = max(eps / b, floor) if eps_inside else floor
         centred = rows - rows.mean(1, keepdim=True)  # the kernel loses digits where mean >> spread
         y, _, rstd = torch.native_layer_norm(centred, [n], None, None, inner)
-        if eps_inside:
-            y.mul_(b**-0.5)
-        else:
-            y.div_(torch.add(b**0.5, rstd, alpha=eps))
-        ctx.save_for_backward(weight, y, rstd)
-        ctx.variant = (eps, eps_inside, unbiased)
-        return _from_rows(y, weight)
+        t = None if eps_inside else torch.add(b**0.5, rstd, alpha=eps)
+        y.div_(b**0.5 if t is None else t)
+        ctx.save_for_backward(weight, y, rstd, t)
+        ctx.variant, ctx.b, ctx.channels_last = (eps, eps_inside, unbiased), b, channels_last
+        return _from_rows(y, weight, channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, y, rstd = ctx.saved_tensors
-        eps, eps_inside, unbiased = ctx.variant
+        weight, y, rstd, t = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody may differentiate this once more
             _, vjp = torch.func.vjp(lambda w: standardize_weight_reference(w, *ctx.variant), weight)
             return vjp(grad)[0], None, None, None
-        n = y.shape[1]
-        b = n / (n - 1) if unbiased else 1.0
-        if eps_inside:
-            root, scale = torch.full_like(rstd, b**0.5), rstd * (1 / b)
+        if t is None:
+            root, scale = torch.full_like(rstd, ctx.b**0.5), rstd / ctx.b
         else:
-            d = torch.add(b, rstd, alpha=b**0.5 * eps)
-            root = d.sqrt()
-            scale = (rstd * b**0.5).div_(d).div_(root)
-        mean = torch.zeros_like(rstd)
-        rows = torch.ops.aten.native_layer_norm_backward(
-            _to_rows(grad, weight), y, [n], mean, root, None, None, [True, False, False]
-        )[0]
-        return _from_rows(rows.mul_(scale), weight), None, None, None
+            root = (t * ctx.b**0.5).sqrt_()
+            scale = (rstd / t).div_(root)
+        dy, mean = _to_rows(grad, ctx.channels_last), torch.zeros_like(rstd)
+        rows, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, y, [y.shape[1]], mean, root, None, None, [True, False, False]
+        )
+        return _from_rows(rows.mul_(scale), weight, ctx.channels_last), None, None, None
 
 
-def _to_rows(values: Tensor, weight: Tensor) -> Tensor:
-    """(C_out, C_in, ...) -> (C_out, n) in the weight's memory order, in float32 or float64."""
-    if _channels_last(weight):
+def _to_rows(values: Tensor, channels_last: bool) -> Tensor:
+    """(C_out, C_in, ...) -> (C_out, n), in the order in memory, in float32 or float64."""
+    if channels_last:
         values = values.movedim(1, -1)
-    rows = values.reshape(weight.shape[0], math.prod(weight.shape[1:]))
-    return rows.to(torch.promote_types(values.dtype, torch.float32))
+    rows = values.reshape(values.shape[0], math.prod(values.shape[1:]))
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 
-def _from_rows(rows: Tensor, weight: Tensor) -> Tensor:
+def _from_rows(rows: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
     """The way back, with the weight's shape, dtype and memory format."""
     rows = rows.to(weight.dtype)
-    if _channels_last(weight):
+    if channels_last:
         return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
     return rows.view(weight.shape)
-
-
-def _channels_last(weight: Tensor) -> bool:
-    return weight.stride(1) < weight.stride(-1)

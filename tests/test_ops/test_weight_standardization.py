@@ -157,7 +157,7 @@ def test_backward_keeps_the_output_and_the_weights_only(variant):
         y = standardize_weight(weight, 1e-5, *variant)
     for shared in (weight, y):  # the parameter, and what the convolution keeps
         kept.pop(shared.untyped_storage().data_ptr(), None)
-    assert sum(kept.values()) <= 64 * 4
+    assert sum(kept.values()) <= 2 * 64 * 4  # a few numbers per filter
 
 
 @variants

@@ -75,7 +75,8 @@ def resnet50_convs(batch: int, height: int, width: int) -> dict[str, tuple[dict,
 
     for kind in ("ResNet", "ResNetV1c"):  # a stem of one convolution, of three
         backbone.type = kind
-        net = MODELS.build(backbone).eval()
+        net = MODELS.build(backbone)
+        net.eval()
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(note)
