@@ -162,7 +162,7 @@ class WSConv2d(nn.Conv2d):
 
     def _weight_in_use(self) -> Tensor:
         weight = self.weight
-        if _is_recorded(weight) or self.training or torch.is_grad_enabled():
+        if self.training or _is_recorded(weight) or torch.is_grad_enabled():
             return self.standardized_weight()
         variant = (self.eps, self.eps_inside, self.unbiased)
         known = weight.__dict__.get("_standardized") if type(weight) is _SealedWeight else None

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
 
 def standardize_weight(
     weight: Tensor, eps: float = 1e-5, eps_inside: bool = True, unbiased: bool = True
@@ -83,18 +85,20 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, eps: float, eps_inside: bool, unbiased: bool) -> Tensor:
         channels_last = weight.stride(1) < weight.stride(-1)
-        rows = _to_rows(weight, channels_last)
-        n = rows.shape[1]
+        w = _in_memory_order(weight, channels_last)
+        filter_shape = w.shape[1:]
+        n = math.prod(filter_shape)
         b = n / (n - 1) if unbiased else 1.0
-        floor = torch.finfo(rows.dtype).tiny  # a constant filter becomes zero, never 0 * inf
+        floor = torch.finfo(w.dtype).tiny  # a constant filter becomes zero, never 0 * inf
         inner = max(eps / b, floor) if eps_inside else floor
-        centred = rows - rows.mean(1, keepdim=True)  # the kernel loses digits where mean >> spread
-        y, _, rstd = torch.native_layer_norm(centred, [n], None, None, inner)
+        mean = w.mean(tuple(range(1, w.dim())), keepdim=True)
+        centred = w - mean  # the kernel alone loses digits where mean >> spread
+        y, _, rstd = torch.native_layer_norm(centred, filter_shape, None, None, inner)
         t = None if eps_inside else torch.add(b**0.5, rstd, alpha=eps)
         y.div_(b**0.5 if t is None else t)
         ctx.save_for_backward(weight, y, rstd, t)
         ctx.variant, ctx.b, ctx.channels_last = (eps, eps_inside, unbiased), b, channels_last
-        return _from_rows(y, weight, channels_last)
+        return _in_weight_order(y, weight, channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -107,24 +111,20 @@ class _Standardize(torch.autograd.Function):
         else:
             root = (t * ctx.b**0.5).sqrt_()
             scale = (rstd / t).div_(root)
-        dy, mean = _to_rows(grad, ctx.channels_last), torch.zeros_like(rstd)
-        rows, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, y, [y.shape[1]], mean, root, None, None, [True, False, False]
+        dy, mean = _in_memory_order(grad, ctx.channels_last), torch.zeros_like(rstd)
+        dw, _, _ = _layer_norm_backward(
+            dy, y, y.shape[1:], mean, root, None, None, [True, False, False]
         )
-        return _from_rows(rows.mul_(scale), weight, ctx.channels_last), None, None, None
+        return _in_weight_order(dw.mul_(scale), weight, ctx.channels_last), None, None, None
 
 
-def _to_rows(values: Tensor, channels_last: bool) -> Tensor:
-    """(C_out, C_in, ...) -> (C_out, n), in the order in memory, in float32 or float64."""
-    if channels_last:
-        values = values.movedim(1, -1)
-    rows = values.reshape(values.shape[0], math.prod(values.shape[1:]))
-    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+def _in_memory_order(values: Tensor, channels_last: bool) -> Tensor:
+    """Filters whose weights are in the order of the memory, in float32 or float64."""
+    values = values.movedim(1, -1) if channels_last else values
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _from_rows(rows: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
-    """The way back, with the weight's shape, dtype and memory format."""
-    rows = rows.to(weight.dtype)
-    if channels_last:
-        return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
-    return rows.view(weight.shape)
+def _in_weight_order(values: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
+    """The way back, in the weight's dtype."""
+    values = values if values.dtype == weight.dtype else values.to(weight.dtype)
+    return values.movedim(-1, 1) if channels_last else values

@@ -23,6 +23,12 @@ class Timing(NamedTuple):
     p50: float
     p80: float
 
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> "Timing":
+        """The quantiles of at least two rounds."""
+        fifths = quantiles(milliseconds, n=5)
+        return cls(fifths[0], median(milliseconds), fifths[3])
+
 
 def time_interleaved(
     cases: dict[str, Callable[[], object]],
@@ -33,7 +39,8 @@ def time_interleaved(
     """Time the cases in turn, so that whatever slows the machine down slows all of them.
 
     Every round calls each case once, beginning with another one than the round before; two rounds
-    of warming up are not counted.
+    of warming up are not counted. Where other programs come and go, measure several times with
+    something else in between, and put the rounds together.
 
     Args:
         cases: what to call, by name.
@@ -58,17 +65,12 @@ def time_interleaved(
             if done >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
         done += 1
-    return {name: _timing(values) for name, values in times.items()}
+    return times
 
 
 def _wait_for_device() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _timing(values: list[float]) -> Timing:
-    fifths = quantiles(values, n=5)
-    return Timing(fifths[0], median(values), fifths[3])
 
 
 def environment(device: str = "cpu") -> Row:
@@ -101,7 +103,8 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        own = ":(exclude)tools/benchmark/results"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", own)
         return git("rev-parse", "--short=10", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

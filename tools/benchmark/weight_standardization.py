@@ -8,6 +8,7 @@ Example:
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs=2, default=[64, 128], metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.7, help="per convolution and part")
+    parser.add_argument("--passes", type=int, default=3, help="times over all convolutions")
+    parser.add_argument("--seconds", type=float, default=0.1, help="per pass, convolution and part")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=OUT, help="result files, without the suffix")
@@ -100,8 +102,8 @@ def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor], dy: T
 
 def measure(
     args: dict, shape: tuple[int, ...], seconds: float, device: str
-) -> dict[str, dict[str, Timing]]:
-    """Timings of one convolution, by part and layer."""
+) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds of each round, by part and layer, of one convolution."""
     torch.manual_seed(0)
     layers = {n: cls(**args, **more, bias=False).to(device) for n, (cls, more) in LAYERS.items()}
     with torch.no_grad():
@@ -123,41 +125,48 @@ def measure(
             (DEFAULT, standardize_weight),
         )
     }
-    timings = dict(
+    times = dict(
         standardize=time_interleaved(standardize, seconds), train=time_interleaved(train, seconds)
     )
     with torch.no_grad():
         evaluate = {n: partial(layer.eval(), x) for n, layer in layers.items()}
-        timings["eval"] = time_interleaved(evaluate, seconds)
-    return timings
+        times["eval"] = time_interleaved(evaluate, seconds)
+    return {(part, n): values for part in times for n, values in times[part].items()}
 
 
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
     torch.set_num_threads(args.threads)
+    convs = resnet50_convs(args.batch, *args.size)
+    times = {name: defaultdict(list) for name in convs}
+    for _ in range(args.passes):
+        for name, (conv_args, shape) in convs.items():
+            for case, values in measure(conv_args, shape, args.seconds, args.device).items():
+                times[name][case] += values
+    timings = {n: {case: Timing.of(v) for case, v in t.items()} for n, t in times.items()}
     where = environment(args.device)
-    rows, table = [], []
-    for name, (conv_args, shape) in resnet50_convs(args.batch, *args.size).items():
-        timings = measure(conv_args, shape, args.seconds, args.device)
-        for part, layers in timings.items():
-            for layer, timing in layers.items():
-                ratio = timing.p50 / layers["ConvWS"].p50
-                values = {k: round(v, 4) for k, v in [*timing._asdict().items(), ("ratio", ratio)]}
-                rows.append(dict(conv=name, part=part, layer=layer, **values, **where))
-        table.append(ratios(name, timings))
-    write_csv(args.out.with_suffix(".csv"), rows)
+    rows = [
+        dict(conv=name, part=part, layer=layer)
+        | {key: round(value, 4) for key, value in timing._asdict().items()}
+        | dict(ratio=round(timing.p50 / of_conv[part, "ConvWS"].p50, 3))
+        | where
+        for name, of_conv in timings.items()
+        for (part, layer), timing in of_conv.items()
+    ]
+    table = markdown_table([ratios(name, of_conv) for name, of_conv in timings.items()])
     facts = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
     text = HEADING.format(batch=args.batch, height=args.size[0], width=args.size[1], where=facts)
-    args.out.with_suffix(".md").write_text(text + markdown_table(table) + "\n")
-    print(markdown_table(table))
+    write_csv(args.out.with_suffix(".csv"), rows)
+    args.out.with_suffix(".md").write_text(text + table + "\n")
+    print(table)
 
 
-def ratios(name: str, timings: dict[str, dict[str, Timing]]) -> Row:
+def ratios(name: str, timings: dict[tuple[str, str], Timing]) -> Row:
     """One line of the table."""
 
     def ratio(part: str, layer: str) -> float:
-        return timings[part][layer].p50 / timings[part]["ConvWS"].p50
+        return timings[part, layer].p50 / timings[part, "ConvWS"].p50
 
     return {
         "convolution": name,
