@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _common import ROOT, Row, environment, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Row, Timing, environment, markdown_table, time_interleaved, write_csv
 from torch import Tensor, nn
 
 import mmbcn
@@ -200,7 +200,8 @@ def measure(args: argparse.Namespace, shape: tuple[int, ...], dtype: str, layout
     kept = {name: kept_bytes(norm, x) for name, norm in norms.items()}
     for part, function in (("forward", forward), ("forward, backward", both)):
         cases = {name: function(norm) for name, norm in norms.items()}
-        timings = time_interleaved(cases, args.seconds / 2, warm=True)
+        lists = time_interleaved(cases, args.seconds / 2, warm=True)
+        timings = {name: Timing.of(values) for name, values in lists.items()}
         for name, timing in timings.items():
             ratio = timing.p50 / timings["BatchNorm"].p50
             numbers = {k: round(v, 4) for k, v in [*timing._asdict().items(), ("ratio", ratio)]}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _common import ROOT, environment, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Timing, environment, markdown_table, time_interleaved, write_csv
 from mmengine.config import Config
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -91,7 +91,8 @@ def main() -> None:
     for backbone in args.backbones:
         steps = {name: training_step(args, backbone, name) for name in names}
         peaks = {name: peak_bytes(step) for name, step in steps.items()}
-        for name, timing in time_interleaved(steps, args.seconds, min_rounds=5).items():
+        for name, values in time_interleaved(steps, args.seconds, min_rounds=5).items():
+            timing = Timing.of(values)
             if name == "bn":
                 baseline = timing.p50
             ratio = timing.p50 / baseline
