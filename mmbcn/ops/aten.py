@@ -11,9 +11,10 @@ Shapes: x, dy (N, C, ...); everything else (N, C), in the dtype of statistics.
 import torch
 from torch import Tensor
 
-from mmbcn.ops.reference import statistics_dtype
+from mmbcn.ops.memory import empty_like
+from mmbcn.ops.moments import statistics_dtype
 
-_CHUNK = 4096  # values summed in one go: float32 sums of squares keep 7 digits
+_CHUNK = 1 << 14  # values summed in one go, where a row can be cut into such
 _STEP = 1 << 20  # values of a half-precision tensor held in float32 at a time
 _MEAN_OVER_STD = 32.0  # above it, scale * x + shift would cancel to 5 digits
 
@@ -30,39 +31,26 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(_positions(x.to(dtype)), 2, correction=0)
         return mean, var
     x = _dense(x)
+    total, square = row_dots(x, x, x.new_zeros(x.shape[:2], dtype=dtype))
+    positions = x[0, 0].numel()
+    mean, square = total.div_(positions), square.div_(positions)
+    var = torch.addcmul(square, mean, mean, value=-1)
+    # NaN and inf fail the comparison too, and are then computed as in BatchNorm
+    unsure = ~(var * 10 > square)
+    if not unsure.any():
+        return mean, var
     if _is_channels_last(x):
         parts = [_centred_moments(sample.to(dtype)) for sample in x.split(1)]
         mean, var = (torch.stack(column) for column in zip(*parts, strict=True))
         return mean, var
-    rows = x.view(x.shape[0] * x.shape[1], -1)
-    mean = rows.mean(1, dtype=dtype)
-    square = _sum_of_squares(rows).div_(rows.shape[1])
-    var = torch.addcmul(square, mean, mean, value=-1)
-    # NaN and inf fail the comparison too, and are then computed as in BatchNorm
-    unsure = (~(var * 10 > square)).nonzero().squeeze(1)
-    if len(unsure) == len(rows) and x.dtype == dtype:
-        mean, var = _centred_moments(rows.unsqueeze(0))
-    elif len(unsure):
-        for some in unsure.split(max(1, _STEP // rows.shape[1])):
-            mean[some], var[some] = _centred_moments(rows[some].to(dtype).unsqueeze(0))
+    rows, mean, var = _as_channels(x)[0], mean.flatten(), var.flatten()
+    for some in unsure.flatten().nonzero().squeeze(1).split(max(1, _STEP // positions)):
+        mean[some], var[some] = _centred_moments(rows[some].to(dtype).unsqueeze(0))
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
 def _centred_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x, None, None, 0.0)  # in x's dtype
-
-
-def _sum_of_squares(rows: Tensor) -> Tensor:
-    dtype = statistics_dtype(rows)
-    length = rows.shape[1]
-    if length <= _CHUNK:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
-    whole = length - length % _CHUNK
-    chunks = rows[:, :whole].unflatten(1, (-1, _CHUNK))
-    total = torch.linalg.vector_norm(chunks, dim=2, dtype=dtype).square_().sum(1)
-    if whole < length:
-        total += torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).square_()
-    return total
 
 
 def scale_shift(x: Tensor, center: Tensor, var: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -99,8 +87,22 @@ def row_dots(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
             for sample in zip(*(dy.split(1), x.split(1), center, ones), strict=True)
         ]
         return tuple(torch.stack(column) for column in zip(*parts, strict=True))
-    sums = _batch_norm_dots(_as_channels(dy), _as_channels(x), center.flatten(), ones.flatten())
-    return tuple(value.view_as(center) for value in sums)
+    chunks = _chunks(x[0, 0].numel())
+    rows = (1, x.shape[0] * x.shape[1] * chunks, -1)
+    stats = (v.repeat_interleave(chunks) if chunks > 1 else v.flatten() for v in (center, ones))
+    sums = _batch_norm_dots(dy.view(rows), x.view(rows), *stats)
+    if chunks > 1:
+        sums = (value.view(-1, chunks).sum(1) for value in sums)
+    total, dot = (value.view_as(center) for value in sums)
+    return total, dot
+
+
+def _chunks(positions: int) -> int:
+    """Into how many equal parts a long row is cut: float32 sums of short ones keep 7 digits."""
+    chunks = 1
+    while positions > _CHUNK * chunks and positions % (2 * chunks) == 0:
+        chunks *= 2
+    return chunks
 
 
 def combine(
@@ -113,7 +115,7 @@ def combine(
     x = _dense(x)
     dy = _dense(dy, like=x)
     if x.dtype != center.dtype:
-        return _combine_half(dy, x, center, p, q, r)
+        return _combine_half(dy, x, center, var, p, q, r)
     dx = _affine(x, center, q, r)
     if _is_channels_last(x):
         _positions(dx).mT.addcmul_(_positions(dy).mT, p.unsqueeze(1))
@@ -125,42 +127,37 @@ def combine(
     return dx
 
 
-def _combine_half(dy: Tensor, x: Tensor, center: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
-    """`combine` with float32 arithmetic for half precision, a cached piece at a time."""
-    dx = torch.empty_like(x)
-    dim = 2 if _is_channels_last(x) else 1
-    for n in range(x.shape[0]):
-        views = [value[n].flatten(1) for value in (dx, dy, x)]
-        size = max(1, _STEP * views[0].shape[dim - 1] // views[0].numel())
-        rows = [value[n].unsqueeze(1) for value in (center, p, q, r)]
-        if dim == 1:
-            pieces = zip(*(v.split(size) for v in (*views, *rows)), strict=True)
-        else:
-            pieces = (
-                (*piece, *rows) for piece in zip(*(v.split(size, 1) for v in views), strict=True)
-            )
-        for dx_, dy_, x_, center_, p_, q_, r_ in pieces:
-            dx_.copy_((x_ - center_).mul_(q_).add_(r_).addcmul_(dy_.to(p.dtype), p_))
+def _combine_half(dy: Tensor, x: Tensor, center: Tensor, var: Tensor, *pqr: Tensor) -> Tensor:
+    """`combine` in float32 for half precision, a piece at a time that stays in the cache."""
+    dx = empty_like(x)
+    if _is_channels_last(x):
+        size = max(1, _STEP // x.shape[1])  # positions
+        for n in range(len(x)):
+            of_sample = [value[n : n + 1] for value in (center, var, *pqr)]
+            views = (_positions(v[n : n + 1]).unsqueeze(3).split(size, 2) for v in (dx, dy, x))
+            for dx_, dy_, x_ in zip(*views, strict=True):
+                dx_.copy_(combine(dy_.float(), x_.float(), *of_sample))
+        return dx
+    size = max(1, _STEP // x[0, 0].numel())  # rows
+    views = [_as_channels(v).split(size, 1) for v in (dx, dy, x)]
+    rows = [value.view(1, -1).split(size, 1) for value in (center, var, *pqr)]
+    for dx_, dy_, x_, *of_rows in zip(*views, *rows, strict=True):
+        dx_.copy_(combine(dy_.float(), x_.float(), *of_rows))
     return dx
 
 
 def _affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    y = torch.empty_like(x)
-    if not _is_channels_last(x):
-        ones = torch.ones_like(center).flatten()
-        stats = (scale.flatten(), shift.flatten(), center.flatten(), ones)
-        unused = (center.new_empty(0), center.new_empty(0))
-        out = (_as_channels(y), *unused)
-        torch.native_batch_norm(_as_channels(x), *stats, False, 0.0, 0.0, out=out)
-        return y
-    offset = (shift - scale * center).unsqueeze(1)
-    rows, out, scale = _positions(x).mT, _positions(y).mT, scale.unsqueeze(1)
-    if x.dtype == scale.dtype:
-        torch.addcmul(offset, rows, scale, out=out)
+    """`scale_shift` by BatchNorm's kernel for eval: fast, but not centred."""
+    y = empty_like(x)
+    if _is_channels_last(x):
+        samples = zip(x.split(1), y.split(1), center, scale, shift, strict=True)
     else:
-        for start in range(0, rows.shape[1], size := max(1, _STEP // x[:, :, 0, 0].numel())):
-            part = slice(start, start + size)
-            out[:, part] = torch.addcmul(offset, rows[:, part].to(scale.dtype), scale)
+        rows = (value.flatten() for value in (center, scale, shift))
+        samples = [(_as_channels(x), _as_channels(y), *rows)]
+    ones, unused = torch.ones_like(center).flatten(), center.new_empty(0)
+    for x_, y_, center_, scale_, shift_ in samples:
+        stats = scale_, shift_, center_, ones[: len(center_)]
+        torch.native_batch_norm(x_, *stats, False, 0.0, 0.0, out=(y_, unused, unused))
     return y
 
 

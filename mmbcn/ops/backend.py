@@ -36,22 +36,21 @@ def backend_for(x: Tensor) -> str:
     return "triton" if _prefers_triton(x) else "aten"
 
 
-def passes(x: Tensor) -> ModuleType:
-    """The module whose passes over x the fused form uses."""
-    if backend_for(x) == "triton":
-        from mmbcn.ops import triton_passes as module
-    else:
-        from mmbcn.ops import aten as module
-    return module
+def implementation(x: Tensor) -> tuple[ModuleType, ModuleType] | None:
+    """The modules of the fused form of ``x``: passes over x, and arithmetic on rows.
 
+    None: the reference computes.
+    """
+    backend = backend_for(x)
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        from mmbcn.ops import triton_coefficients, triton_passes
 
-def arithmetic(x: Tensor) -> ModuleType:
-    """The module whose arithmetic on rows the fused form of ``x`` uses."""
-    if backend_for(x) == "triton":
-        from mmbcn.ops import triton_coefficients as module
-    else:
-        from mmbcn.ops import coefficients as module
-    return module
+        return triton_passes, triton_coefficients
+    from mmbcn.ops import aten, coefficients
+
+    return aten, coefficients
 
 
 def has_kernels(statistics: Tensor) -> bool:

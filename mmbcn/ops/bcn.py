@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbcn.ops import reference
-from mmbcn.ops.backend import arithmetic, backend_for, passes
+from mmbcn.ops.backend import implementation
 from mmbcn.ops.coefficients import Stages
 
 _MANY_POSITIONS = 512  # above, the values that backward keeps per row are less than 1 % of x
@@ -30,10 +30,11 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Shape: (N, C, ...) -> (N, C), (N, C)
     """
     with torch.no_grad():
-        if backend_for(x) == "reference":
+        fused = implementation(x)
+        if fused is None:
             return reference.row_moments(x)
         with _autocast_off(x):
-            return passes(x).row_moments(x)
+            return fused[0].row_moments(x)
 
 
 def batch_channel_norm(
@@ -80,7 +81,7 @@ def batch_channel_norm(
     """
     settings = num_groups, bn_eps, eps, count, group
     arguments = x, mean, var, bn_weight, bn_bias, weight, bias
-    if backend_for(x) == "reference":
+    if implementation(x) is None:
         return reference.batch_channel_norm(*arguments, *settings)
     return _BatchChannelNorm.apply(*arguments, *(rows or row_moments(x)), settings)
 
@@ -89,9 +90,10 @@ class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *tensors_and_settings: Any) -> Tensor:
         *inputs, row_mean, row_var, settings = tensors_and_settings
+        passes, arithmetic = implementation(x)
         with _autocast_off(x):
-            s, scale, shift = arithmetic(x).forward(row_mean, row_var, *inputs, *settings[:3])
-            y = passes(x).scale_shift(x, row_mean, row_var, scale, shift)
+            s, scale, shift = arithmetic.forward(row_mean, row_var, *inputs, *settings[:3])
+            y = passes.scale_shift(x, row_mean, row_var, scale, shift)
         many = x[:1].numel() >= _MANY_POSITIONS * x.shape[1]
         ctx.save_for_backward(x, *inputs, *((row_mean, row_var, *s) if many else ()))
         ctx.settings = settings
@@ -109,17 +111,18 @@ class _BatchChannelNorm(torch.autograd.Function):
             grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return *(next(grads) if need else None for need in needs[:7]), None, None, None
         num_groups, bn_eps, eps, count, group = ctx.settings
+        passes, arithmetic = implementation(x)
         with _autocast_off(x):
-            row_mean, row_var = kept[:2] or row_moments(x)
+            row_mean, row_var = kept[:2] or passes.row_moments(x)
             if kept:
                 s = Stages(*kept[2:])
             else:
-                s = arithmetic(x).forward(row_mean, row_var, *inputs, num_groups, bn_eps, eps)[0]
-            t1, t2 = passes(x).row_dots(dy, x, row_mean)
+                s = arithmetic.forward(row_mean, row_var, *inputs, num_groups, bn_eps, eps)[0]
+            t1, t2 = passes.row_dots(dy, x, row_mean)
             positions = x[:1].numel() // x.shape[1]
             rows = t1, t2, row_mean, row_var, mean, var, bn_weight, weight
-            grads, pqr = arithmetic(x).gradients(s, *rows, positions, bn_eps, count, group)
-            dx = passes(x).combine(dy, x, row_mean, row_var, *pqr) if needs[0] else None
+            grads, pqr = arithmetic.gradients(s, *rows, positions, bn_eps, count, group)
+            dx = passes.combine(dy, x, row_mean, row_var, *pqr) if needs[0] else None
         grads = (grad.to(t.dtype) for grad, t in zip(grads, inputs[2:], strict=True))
         return dx, None, None, *grads, None, None, None
 
