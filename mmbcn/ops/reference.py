@@ -42,7 +42,8 @@ def batch_channel_norm(
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`mmbcn.ops.batch_channel_norm`, step by step."""
-    dtype = statistics_dtype(x)
+    result_dtype, dtype = x.dtype, statistics_dtype(x)
+    x = x.to(dtype)  # once: the gradients of its uses are added up before they are rounded
     if count is not None:
         own = batch_moments(*row_moments(x), x[:1].numel() // x.shape[1])
         if group is not None:
@@ -50,10 +51,10 @@ def batch_channel_norm(
         usable = torch.as_tensor(count, device=x.device).isfinite()
         mean, var = (torch.where(usable, a, b) for a, b in zip(own[:2], (mean, var), strict=True))
     scale = _per_channel(bn_weight, x) * torch.rsqrt(_per_channel(var, x) + bn_eps)
-    z = (x.to(dtype) - _per_channel(mean, x)) * scale + _per_channel(bn_bias, x)
+    z = (x - _per_channel(mean, x)) * scale + _per_channel(bn_bias, x)
     size = x.shape[1] // num_groups
     weight, bias = (v.to(dtype).repeat_interleave(size) for v in (weight, bias))
-    return torch.group_norm(z, num_groups, weight, bias, eps).to(x.dtype)
+    return torch.group_norm(z, num_groups, weight, bias, eps).to(result_dtype)
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
