@@ -57,7 +57,7 @@ def _check_name(name: str) -> tuple[str, bool]:
     """Split a name into the normalization and whether weights are standardized."""
     if name not in norm_names():
         close = get_close_matches(str(name).lower(), norm_names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UsageError(f"unknown norm {name!r}{hint} Known: {', '.join(norm_names())}")
     return name.removesuffix(_WS), name.endswith(_WS)
 
@@ -94,7 +94,10 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
     """
     base, ws = _check_name(name)
     if not isinstance(model_cfg, dict):
-        raise TypeError(f"set_norm expects the model dict of a config, got {type(model_cfg)}")
+        raise TypeError(
+            f"set_norm expects the model dict of a config, got {type(model_cfg)}; "
+            "for a built model use mmbcn.convert_norm"
+        )
     places = list(_find_norm_cfgs(model_cfg, "model"))
     if not places:
         raise UsageError(
@@ -127,7 +130,7 @@ def _find_norm_cfgs(node: Any, path: str) -> Iterator[tuple[dict[str, Any], str]
         if types and not any(t in _TOKEN_NORMS for t in types):
             yield node, path
     elif "type" in node:
-        default = _parameter(_find_class(node["type"]), "norm_cfg")
+        default = _parameter(find_class(node["type"]), "norm_cfg")
         if isinstance(default, dict) and "BN" in _type_name(default):
             yield node, path
     for key, value in node.items():
@@ -150,7 +153,7 @@ def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dic
             f"{name!r} cannot standardize the weights of {path}: its conv_cfg is "
             f"{old['type']!r}; use {name.removesuffix(_WS)!r}, or a conv_cfg of Conv2d"
         )
-    cls = _find_class(holder.get("type"))
+    cls = find_class(holder.get("type"))
     if cls is not None and _parameter(cls, "conv_cfg") is inspect.Parameter.empty:
         raise UsageError(
             f"{name!r} cannot standardize the weights of {path}: {holder['type']} takes no "
@@ -159,7 +162,7 @@ def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dic
     return type(holder)(**_WS_CFG)
 
 
-def _find_class(kind: Any) -> type | None:
+def find_class(kind: Any) -> type | None:
     """The class that a ``type=`` means, where an installed mm package registers it."""
     if not isinstance(kind, str):
         return kind if inspect.isclass(kind) else None
@@ -211,9 +214,15 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
         ``module``, or the new layer where ``module`` itself is a norm.
 
     Raises:
+        TypeError: ``module`` is no module.
         UsageError: the name is unknown, or there is nothing to convert.
     """
     base, ws = _check_name(name)
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"convert_norm expects a built model, an nn.Module, got {type(module)}; "
+            "for the model of a config use mmbcn.set_norm"
+        )
     names = {m: n for n, m in module.named_modules()}
     layers = list(_layers(module))
     swaps: dict[nn.Module, nn.Module] = {}

@@ -33,7 +33,7 @@ class _NoRegistry:
 
 if _mmengine is None:
     _ROOT_MODELS = MODELS = NORM_LAYERS = _NoRegistry()
-    DATASETS = TRANSFORMS = HOOKS = RUNNERS = _NoRegistry()
+    DATASETS = TRANSFORMS = HOOKS = RUNNERS = OPTIM_WRAPPERS = _NoRegistry()
 else:
     _ROOT_MODELS = _mmengine.MODELS
 
@@ -46,6 +46,7 @@ else:
     TRANSFORMS = _child("transform", _mmengine.TRANSFORMS, "mmbcn.datasets")
     HOOKS = _child("hook", _mmengine.HOOKS, "mmbcn.engine")
     RUNNERS = _child("runner", _mmengine.RUNNERS, "mmbcn.engine")
+    OPTIM_WRAPPERS = _child("optim wrapper", _mmengine.OPTIM_WRAPPERS, "mmbcn.engine")
 
 
 def register_norm(cls: T) -> T:

@@ -4,11 +4,23 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 
+from mmbcn.engine.config_check import check_keys
 from mmbcn.errors import UsageError
 from mmbcn.norms import norm_names, set_norm
+
+
+class _Overrides(DictAction):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        wrong = [text for text in args[1] if "=" not in text]
+        if wrong:
+            parser.error(
+                f"--cfg-options takes KEY=VALUE, without spaces around =; got {wrong[0]!r}"
+            )
+        super().__call__(parser, *args, **kwargs)
 
 
 def add_config_args(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +30,7 @@ def add_config_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Overrides,
         metavar="KEY=VALUE",
         help="override settings of the config, e.g. train_dataloader.batch_size=1",
     )
@@ -39,16 +51,27 @@ def read_config(args: argparse.Namespace) -> Config:
     """The config, with --cfg-options and --norm applied."""
     if not Path(args.config).is_file():
         raise UsageError(f"there is no config {args.config}; configs/README.md lists those shipped")
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        cfg = Config.fromfile(args.config)
+    except (OSError, SyntaxError) as error:  # no Python, or a _base_ that is not there
+        raise UsageError(f"cannot read the config {args.config}: {error}") from error
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--cfg-options does not fit the config: {error.args[0]}") from error
     if args.norm:
+        check_keys(cfg)
         set_norm(cfg.model, args.norm)
     return cfg
 
 
 def read_run_config(args: argparse.Namespace) -> Config:
     """The config of a training or test run by `NormRunner`."""
+    if args.launcher == "pytorch" and "RANK" not in os.environ:
+        raise UsageError(
+            "--launcher pytorch is for processes that torchrun starts; on one machine: "
+            "tools/dist_train.sh CONFIG NUM_GPUS (or dist_test.sh), for one process no --launcher"
+        )
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args)
     cfg.launcher = args.launcher
@@ -65,10 +88,3 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None  # as shells report it
     except UsageError as error:
         raise SystemExit(f"error: {error}") from None
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise SystemExit(
-            f"error: {error}\nBatchNorm cannot train on one value per channel (DeepLabV3's image "
-            "pooling at batch size 1): use --norm bcn, microbcn or gn, or a larger batch"
-        ) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from _common import add_config_args, add_run_args, read_run_config, run
 from mmengine.registry import RUNNERS
 
+from mmbcn.engine.config_check import check_keys
 from mmbcn.errors import UsageError
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     """Test."""
     args = parse_args()
     cfg = read_run_config(args)
+    check_keys(cfg, "test")
     if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise UsageError(f"there is no checkpoint {args.checkpoint}")
     cfg.load_from = args.checkpoint

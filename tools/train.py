@@ -10,6 +10,7 @@ from _common import add_config_args, add_run_args, read_run_config, run
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 
+from mmbcn.engine.config_check import check_keys
 from mmbcn.errors import UsageError
 
 
@@ -19,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     add_config_args(parser)
     add_run_args(parser)
     parser.add_argument("--resume", action="store_true", help="from the work_dir's last checkpoint")
-    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument("--amp", action="store_true", help="mixed precision (on CPUs bfloat16)")
     parser.add_argument("--seed", type=int, help="of weights, data order and augmentation")
     return parser.parse_args()
 
@@ -28,6 +29,7 @@ def main() -> None:
     """Train."""
     args = parse_args()
     cfg = read_run_config(args)
+    check_keys(cfg, "train")
     cfg.resume = args.resume or cfg.get("resume", False)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get("randomness", {}), seed=args.seed)
@@ -37,9 +39,10 @@ def main() -> None:
                 f"--amp needs optim_wrapper.type 'OptimWrapper', got {cfg.optim_wrapper.type!r}"
             )
         if get_device() == "cpu":
-            raise UsageError("--amp needs an accelerator (mmengine's AMP does not run on CPUs)")
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.loss_scale = "dynamic"
+            cfg.optim_wrapper.type = "mmbcn.BFloat16OptimWrapper"
+        else:
+            cfg.optim_wrapper.type = "AmpOptimWrapper"
+            cfg.optim_wrapper.loss_scale = "dynamic"
     RUNNERS.build(cfg).train()
 
 

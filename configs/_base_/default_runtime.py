@@ -12,4 +12,4 @@ load_from = None
 resume = False
 tta_model = dict(type="SegTTAModel")
 # mmengine's DDP does not broadcast buffers: average the running estimates before validation
-custom_hooks = [dict(type="SyncBuffersHook")]
+custom_hooks = [dict(type="SyncBuffersHook"), dict(type="mmbcn.NonFiniteHook")]

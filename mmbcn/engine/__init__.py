@@ -7,7 +7,15 @@ try:
 except ModuleNotFoundError as error:
     raise missing_package("mmbcn.engine", error.name or "mmseg") from error
 
-from mmbcn.engine.hooks import LabelCheckHook, NormGuardHook, PanelHook
+from mmbcn.engine.autocast import BFloat16OptimWrapper
+from mmbcn.engine.hooks import LabelCheckHook, NonFiniteHook, NormGuardHook, PanelHook
 from mmbcn.engine.runner import NormRunner
 
-__all__ = ["LabelCheckHook", "NormGuardHook", "NormRunner", "PanelHook"]
+__all__ = [
+    "BFloat16OptimWrapper",
+    "LabelCheckHook",
+    "NonFiniteHook",
+    "NormGuardHook",
+    "NormRunner",
+    "PanelHook",
+]

@@ -8,10 +8,13 @@ import torch.distributed as dist
 from mmengine.device import get_device
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mmbcn
-from mmbcn.engine.data_check import check_files, check_folders
+from mmbcn.engine.config_check import check_keys, check_norm_cfgs, check_work_dir
+from mmbcn.engine.data_check import check_files, check_folders, watch_reading
 from mmbcn.engine.hooks import LabelCheckHook, NormGuardHook
+from mmbcn.engine.mistakes import explained
 from mmbcn.norms import set_norm
 from mmbcn.registry import RUNNERS
 
@@ -35,9 +38,13 @@ class NormRunner(Runner):
     def from_cfg(cls, cfg: Any) -> "NormRunner":
         """Build the runner from a config, switched by its key ``norm``."""
         cfg = copy.deepcopy(cfg)
+        check_keys(cfg)
         if cfg.get("norm"):
             set_norm(cfg["model"], cfg["norm"])
-        return super().from_cfg(cfg)
+        check_norm_cfgs(cfg["model"])
+        check_work_dir(cfg["work_dir"])
+        with explained():
+            return super().from_cfg(cfg)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._checked: set[str] = set()  # splits whose files were looked for
@@ -78,20 +85,33 @@ class NormRunner(Runner):
 
     def train(self) -> nn.Module:
         """Check the data of the training and validation sets, then train."""
+        check_keys(self.cfg, "train")
         check_folders(self.cfg, ("train", "val"))
-        return super().train()
+        with explained():
+            return super().train()
 
     def val(self) -> dict[str, float]:
         """Check the data of the validation set, then validate."""
         self.testing = True
+        check_keys(self.cfg, "val")
         check_folders(self.cfg, ("val",))
-        return super().val()
+        with explained():
+            return super().val()
 
     def test(self) -> dict[str, float]:
         """Check the data of the test set, then test."""
         self.testing = True
+        check_keys(self.cfg, "test")
         check_folders(self.cfg, ("test",))
-        return super().test()
+        with explained():
+            return super().test()
+
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
+        """Build a data loader, whose dataset is then watched in reading."""
+        loader = Runner.build_dataloader(*args, **kwargs)
+        watch_reading(loader.dataset)
+        return loader
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Call the hooks; before the first pass over a split, check that its files exist."""

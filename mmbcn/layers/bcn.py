@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmbcn.layers.checks import check_eps, check_momentum
 from mmbcn.layers.foreign_state import adopt_state
 from mmbcn.layers.groups import resolve_num_groups
 from mmbcn.layers.init_guard import apply_keeping_alive
@@ -52,11 +53,8 @@ class BatchChannelNorm(nn.GroupNorm):
         sync: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(
-                f"momentum is the weight of the new value, in [0, 1] (None: the mean of all "
-                f"batches), got {momentum}"
-            )
+        check_eps(eps)
+        check_momentum(momentum)
         num_groups = resolve_num_groups(num_groups, num_features)
         super().__init__(num_groups, num_features, eps, affine=False)
         self.affine = True
@@ -79,13 +77,17 @@ class BatchChannelNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{type(self).__name__} expects a tensor of real floating-point numbers, got {got}"
+                "; convert it, such as by x.float()"
+            )
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__} expects (N, {self.num_features}, ...), "
-                f"got shape {tuple(x.shape)}"
+                f"got shape {tuple(x.shape)}; num_features must be the channels of the layer before"
             )
-        if not x.is_floating_point():
-            raise TypeError(f"{type(self).__name__} expects a floating-point input, got {x.dtype}")
         count = rows = None
         if self.bn.training:
             rows = row_moments(x)

@@ -14,6 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from mmbcn.layers.checks import check_eps
 from mmbcn.ops import standardize_weight
 from mmbcn.registry import register_layer
 
@@ -133,6 +134,7 @@ class WSConv2d(nn.Conv2d):
         unbiased: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_eps(eps, zero=True)
         super().__init__(*args, **kwargs)
         if self.weight[0].numel() < 2:
             raise ValueError(

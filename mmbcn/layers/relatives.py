@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmbcn.layers.checks import check_eps
 from mmbcn.layers.groups import resolve_num_groups
 from mmbcn.layers.init_guard import apply_keeping_alive
 from mmbcn.registry import register_norm
@@ -28,6 +29,7 @@ class AutoGroupNorm(nn.GroupNorm):
     _abbr_ = "gn"
 
     def __init__(self, num_features: int, num_groups: int | str = "auto", eps: float = 1e-5):
+        check_eps(eps)
         super().__init__(resolve_num_groups(num_groups, num_features), num_features, eps)
 
 
@@ -49,6 +51,7 @@ class AffineInstanceNorm(nn.GroupNorm):
     _abbr_ = "in"
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        check_eps(eps)
         super().__init__(num_features, num_features, eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +76,7 @@ class FrozenBN(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
+        check_eps(eps)
         self.num_features = num_features
         self.eps = eps
         self.register_buffer("weight", torch.ones(num_features))
