@@ -72,8 +72,8 @@ def _unknown_type(name: str, frames: list[Any]) -> str:
     scope, dot, short = name.rpartition(".")
     return (
         f"the config has type={name!r}, but no {registry.name} is registered under that name"
-        f"{_nearest(short, known, scope + dot)} Check its spelling, or import the module that registers it: "
-        "custom_imports=dict(imports=['its.module'])"
+        f"{_nearest(short, known, scope + dot)} Check its spelling, or import the module that "
+        "registers it: custom_imports=dict(imports=['its.module'])"
     )
 
 
