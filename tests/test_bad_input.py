@@ -68,7 +68,7 @@ class Door:
     def options(self, *options):
         self.train("--cfg-options", *options)
 
-    def camvid(self, damage, workers=0):
+    def camvid(self, damage, workers=0, **options):
         """Train on files, after ``damage`` has been done to the folder of the training set."""
         from mmbcn.datasets import write_shapes
 
@@ -81,9 +81,9 @@ class Door:
             data_prefix=dict(img_path="images/train", seg_map_path="annotations/train"),
             pipeline=[dict(type=t) for t in ("LoadImageFromFile", "LoadAnnotations")]
             + [dict(type="PackSegInputs")],
+            **options,
         )
         changes = {"train_dataloader.dataset": dataset, "train_dataloader.num_workers": workers}
-        changes |= {"train_dataloader.sampler": dict(type="DefaultSampler", shuffle=False)}
         changes |= {f"model.{h}.num_classes": 11 for h in ("decode_head", "auxiliary_head")}
         self.train(changes=changes)
 
@@ -494,6 +494,11 @@ CASES = {
         UsageError,
         "CamVidDataset found no image: expected files that end in '.jpg' in",
         "Check data_root, data_prefix, img_suffix",
+    ),
+    "no image of the suffix, not serialized": (  # InfiniteSampler would look for one for ever
+        lambda d: d.camvid(no_images, workers=1, serialize_data=False),
+        UsageError,
+        "CamVidDataset found no image",
     ),
     "image cut short": (
         lambda d: d.camvid(truncate("images", 20)),

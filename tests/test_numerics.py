@@ -15,6 +15,7 @@ pytest.importorskip("mmseg")
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
+from test_bad_input import Door
 
 from mmbcn.layers import BatchChannelNorm
 
@@ -153,6 +154,20 @@ def test_float16_with_loss_scaling(plain, tiny_config, norm):
     assert 0 < wrapper.skipped < STEPS  # the scale begins too high; the hook takes it as no error
     assert_trained(run, plain(norm), 0.3)  # the skipped steps are missing
     assert differences(run, plain(norm))[0] < 0.01
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, --amp is mmengine's")
+def test_amp_of_the_tool_is_bfloat16_on_a_cpu(tmp_path, tiny_config, monkeypatch):
+    seen = set()
+    forward = BatchChannelNorm.forward
+
+    def watched(layer, x):
+        seen.add(x.dtype)
+        return forward(layer, x)
+
+    monkeypatch.setattr(BatchChannelNorm, "forward", watched)
+    Door(tmp_path, tiny_config, monkeypatch).train("--amp", iters=1)
+    assert torch.bfloat16 in seen
 
 
 # --- gradient clipping ---------------------------------------------------------------------------

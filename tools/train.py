@@ -20,7 +20,9 @@ def parse_args() -> argparse.Namespace:
     add_config_args(parser)
     add_run_args(parser)
     parser.add_argument("--resume", action="store_true", help="from the work_dir's last checkpoint")
-    parser.add_argument("--amp", action="store_true", help="mixed precision (on CPUs bfloat16)")
+    parser.add_argument(
+        "--amp", action="store_true", help="mixed precision (on CPUs in bfloat16, which is slow)"
+    )
     parser.add_argument("--seed", type=int, help="of weights, data order and augmentation")
     return parser.parse_args()
 

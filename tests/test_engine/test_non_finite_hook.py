@@ -1,7 +1,12 @@
 """Faults are injected; the message must name the iteration, the image, the module and the norm."""
 
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from mmengine.registry import RUNNERS
 
 from mmbcn.engine import NonFiniteHook
 from mmbcn.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
 
 
 def build(cfg, before=None):
@@ -182,7 +189,7 @@ def test_under_autocast_and_gradient_accumulation(tiny_config):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_random_cause_is_said_to_be_random(tiny_config, value):
+def test_cause_that_does_not_come_again(tiny_config, value):
     from mmseg.models.losses import CrossEntropyLoss
 
     calls = []
@@ -195,10 +202,51 @@ def test_random_cause_is_said_to_be_random(tiny_config, value):
     loss = runner.model.decode_head.loss_decode
     assert isinstance(loss, CrossEntropyLoss)
     loss.register_forward_hook(once)
-    with pytest.raises(UsageError, match="none in a second pass"):
+    with pytest.raises(UsageError, match="none, in a second pass"):
         runner.train()
 
 
 def test_unknown_action():
     with pytest.raises(UsageError, match="'stop' or 'skip', got 'ignore'"):
         NonFiniteHook("ignore")
+
+
+SPOIL = """
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class SpoilRank(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.rank == 1 and batch_idx == 1:
+            data_batch["inputs"][0] = torch.full(data_batch["inputs"][0].shape, torch.nan)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["bcn", "syncbcn"])
+def test_all_ranks_stop_together(tiny_config, tmp_path, norm):
+    """One rank's loss is not finite; SyncBCN's second pass exchanges, so all must take part."""
+    (tmp_path / "spoil.py").write_text(SPOIL)
+    cfg = tiny_config()
+    cfg.pop("norm")
+    cfg.custom_imports = dict(imports=["spoil"])
+    cfg.custom_hooks.append(dict(type="SpoilRank"))
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_dict()))
+    env = dict(
+        os.environ,
+        PYTHON=sys.executable,
+        PORT="29641",
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )
+    command = ["bash", "tools/dist_train.sh", tmp_path / "config.json", "2", "--norm", norm]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "error: the loss of iteration 2 is not finite: nan" in text
+    assert "(NOT FINITE)" in text
+    if norm == "bcn":
+        assert "is not finite on another rank; here: " in text

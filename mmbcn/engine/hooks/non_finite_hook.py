@@ -133,10 +133,12 @@ def _diagnosis(runner: Any, loss: Tensor, batch: Any) -> str:
     terms = [k for k, v in losses.items() if "loss" in k and not _is_finite(v)]
     rate = max(map(max, runner.optim_wrapper.get_lr().values()))
     broken = [n for n, p in model.named_parameters() if not _is_finite(p)]
+    where = "" if not _is_finite(loss) else " on another rank; here"
     return "\n".join(
         [
-            f"the loss of iteration {runner.iter + 1} is not finite: {loss.detach().mean():g} "
-            f"(terms: {', '.join(terms) or 'none'}; learning rate {rate:g})",
+            f"the loss of iteration {runner.iter + 1} is not finite{where}: "
+            f"{loss.detach().mean():g} (terms: {', '.join(terms) or 'none'}; "
+            f"learning rate {rate:g})",
             f"  images: {_images(batch, data)}",
             *_place(watch, names),
             f"  weights: {_weights(model, broken)}",
@@ -147,7 +149,7 @@ def _diagnosis(runner: Any, loss: Tensor, batch: Any) -> str:
 
 def _place(watch: _Watch, names: dict[nn.Module, str]) -> list[str]:
     if watch.found is None:
-        return ["  first module that is not finite: none in a second pass, so it is random"]
+        return ["  first module whose output is not finite: none, in a second pass over the batch"]
     lines = [f"  first module whose output is not finite: {_title(watch.found, names)}"]
     if watch.norm is None:
         return [*lines, "  norm layer before it: none"]
