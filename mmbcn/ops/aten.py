@@ -16,7 +16,6 @@ from mmbcn.ops.moments import statistics_dtype
 
 _CHUNK = 1 << 14  # values summed in one go, where a row can be cut into such
 _STEP = 1 << 20  # values of a half-precision tensor held in float32 at a time
-_MEAN_OVER_STD = 32.0  # above it, scale * x + shift would cancel to 5 digits
 
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,26 +49,27 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centred_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.batch_norm_update_stats(x, None, None, 0.0)  # in x's dtype
+    """Mean and variance of each channel of one sample (1, C, ...), in x's dtype.
+
+    Around its first value: torch's sums alone lose digits where the mean is large.
+    """
+    first = x.flatten(2)[0, :, 0].nan_to_num(posinf=0.0, neginf=0.0)
+    mean, var = torch.batch_norm_update_stats(x - _over(first.unsqueeze(0), x), None, None, 0.0)
+    return mean.add_(first), var
 
 
-def scale_shift(x: Tensor, center: Tensor, var: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale (x - center) + shift`` in x's dtype and layout; one read, one write.
 
     Args:
         x: the input.
         center: mean of each row.
-        var: biased variance of each row.
         scale: factor of each row.
         shift: summand of each row.
     """
     if not _has_kernels(x):
         return (_over(scale, x) * (x - _over(center, x)) + _over(shift, x)).to(x.dtype)
-    x = _dense(x)
-    y = _affine(x, center, scale, shift)
-    for at in _cancelling(center, var):
-        _positions(y)[at] = _exact(x, at, center, scale, shift).to(x.dtype)
-    return y
+    return _affine(_dense(x), center, scale, shift)
 
 
 def row_dots(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,9 +105,7 @@ def _chunks(positions: int) -> int:
     return chunks
 
 
-def combine(
-    dy: Tensor, x: Tensor, center: Tensor, var: Tensor, p: Tensor, q: Tensor, r: Tensor
-) -> Tensor:
+def combine(dy: Tensor, x: Tensor, center: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
     """``p dy + q (x - center) + r`` in x's dtype and layout; one read of both, one write."""
     if not _has_kernels(x):
         y = _over(p, x) * dy + _over(q, x) * (x - _over(center, x)) + _over(r, x)
@@ -115,39 +113,39 @@ def combine(
     x = _dense(x)
     dy = _dense(dy, like=x)
     if x.dtype != center.dtype:
-        return _combine_half(dy, x, center, var, p, q, r)
+        return _combine_half(dy, x, center, p, q, r)
     dx = _affine(x, center, q, r)
     if _is_channels_last(x):
         _positions(dx).mT.addcmul_(_positions(dy).mT, p.unsqueeze(1))
     else:
         _as_channels(dx).addcmul_(_as_channels(dy), p.view(1, -1, 1))
-    for at in _cancelling(center, var):
-        exact = _exact(x, at, center, q, r)
-        _positions(dx)[at] = exact.addcmul_(_positions(dy)[at], p[at].unsqueeze(1))
     return dx
 
 
-def _combine_half(dy: Tensor, x: Tensor, center: Tensor, var: Tensor, *pqr: Tensor) -> Tensor:
+def _combine_half(dy: Tensor, x: Tensor, *of_rows: Tensor) -> Tensor:
     """`combine` in float32 for half precision, a piece at a time that stays in the cache."""
     dx = empty_like(x)
     if _is_channels_last(x):
         size = max(1, _STEP // x.shape[1])  # positions
         for n in range(len(x)):
-            of_sample = [value[n : n + 1] for value in (center, var, *pqr)]
+            of_sample = [value[n : n + 1] for value in of_rows]
             views = (_positions(v[n : n + 1]).unsqueeze(3).split(size, 2) for v in (dx, dy, x))
             for dx_, dy_, x_ in zip(*views, strict=True):
                 dx_.copy_(combine(dy_.float(), x_.float(), *of_sample))
         return dx
     size = max(1, _STEP // x[0, 0].numel())  # rows
     views = [_as_channels(v).split(size, 1) for v in (dx, dy, x)]
-    rows = [value.view(1, -1).split(size, 1) for value in (center, var, *pqr)]
-    for dx_, dy_, x_, *of_rows in zip(*views, *rows, strict=True):
-        dx_.copy_(combine(dy_.float(), x_.float(), *of_rows))
+    rows = [value.view(1, -1).split(size, 1) for value in of_rows]
+    for dx_, dy_, x_, *of_piece in zip(*views, *rows, strict=True):
+        dx_.copy_(combine(dy_.float(), x_.float(), *of_piece))
     return dx
 
 
 def _affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`scale_shift` by BatchNorm's kernel for eval: fast, but not centred."""
+    """`scale_shift` by BatchNorm's kernel for eval, which computes ``scale x + offset``.
+
+    Where the mean is large, that loses no more digits than a rounded mean does.
+    """
     y = empty_like(x)
     if _is_channels_last(x):
         samples = zip(x.split(1), y.split(1), center, scale, shift, strict=True)
@@ -159,20 +157,6 @@ def _affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         stats = scale_, shift_, center_, ones[: len(center_)]
         torch.native_batch_norm(x_, *stats, False, 0.0, 0.0, out=(y_, unused, unused))
     return y
-
-
-def _cancelling(center: Tensor, var: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Where a row's mean is so much larger than its spread that `_affine` loses digits."""
-    at = (center.square() > _MEAN_OVER_STD**2 * var).nonzero(as_tuple=True)
-    return [at] if len(at[0]) else []
-
-
-def _exact(
-    x: Tensor, at: tuple[Tensor, Tensor], center: Tensor, scale: Tensor, shift: Tensor
-) -> Tensor:
-    rows = _positions(x)[at].to(center.dtype)
-    rows.sub_(center[at].unsqueeze(1)).mul_(scale[at].unsqueeze(1))
-    return rows.add_(shift[at].unsqueeze(1))
 
 
 def _batch_norm_dots(dy: Tensor, x: Tensor, center: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:

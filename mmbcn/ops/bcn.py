@@ -93,7 +93,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         passes, arithmetic = implementation(x)
         with _autocast_off(x):
             s, scale, shift = arithmetic.forward(row_mean, row_var, *inputs, *settings[:3])
-            y = passes.scale_shift(x, row_mean, row_var, scale, shift)
+            y = passes.scale_shift(x, row_mean, scale, shift)
         many = x[:1].numel() >= _MANY_POSITIONS * x.shape[1]
         ctx.save_for_backward(x, *inputs, *((row_mean, row_var, *s) if many else ()))
         ctx.settings = settings
@@ -122,7 +122,7 @@ class _BatchChannelNorm(torch.autograd.Function):
             positions = x[:1].numel() // x.shape[1]
             rows = t1, t2, row_mean, row_var, mean, var, bn_weight, weight
             grads, pqr = arithmetic.gradients(s, *rows, positions, bn_eps, count, group)
-            dx = passes.combine(dy, x, row_mean, row_var, *pqr) if needs[0] else None
+            dx = passes.combine(dy, x, row_mean, *pqr) if needs[0] else None
         grads = (grad.to(t.dtype) for grad, t in zip(grads, inputs[2:], strict=True))
         return dx, None, None, *grads, None, None, None
 

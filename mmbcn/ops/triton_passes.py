@@ -99,13 +99,12 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def scale_shift(x: Tensor, center: Tensor, var: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale (x - center) + shift`` in x's dtype and layout; one read, one write.
 
     Args:
         x: the input.
         center: mean of each row.
-        var: not needed here.
         scale: factor of each row.
         shift: summand of each row.
     """
@@ -133,13 +132,8 @@ def row_dots(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     return total, dot
 
 
-def combine(
-    dy: Tensor, x: Tensor, center: Tensor, var: Tensor, p: Tensor, q: Tensor, r: Tensor
-) -> Tensor:
-    """``p dy + q (x - center) + r`` in x's dtype and layout; one read of both, one write.
-
-    ``var`` is not needed here.
-    """
+def combine(dy: Tensor, x: Tensor, center: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
+    """``p dy + q (x - center) + r`` in x's dtype and layout; one read of both, one write."""
     x = _dense(x)
     dx = torch.empty_like(x)
     if x.numel():

@@ -1,4 +1,4 @@
-"""Runs the layers' tests twice: as users do, which is the plain code on small tensors, and fused."""
+"""Runs the layers' tests twice: as users do (plain code on small tensors), and fused."""
 
 import pytest
 
