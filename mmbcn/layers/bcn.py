@@ -22,8 +22,7 @@ from mmbcn.layers.init_guard import apply_keeping_alive
 from mmbcn.layers.recompute import StatisticsMemory, in_backward
 from mmbcn.ops import (
     batch_channel_norm,
-    batch_moments,
-    row_moments,
+    channel_moments,
     share_moments,
     update_estimates,
 )
@@ -90,9 +89,8 @@ class BatchChannelNorm(nn.GroupNorm):
             )
         count = rows = None
         if self.bn.training:
-            rows = row_moments(x)
-            positions = x[:1].numel() // self.num_features
-            mean, var, count = self._statistics(*batch_moments(*rows, positions))
+            *own, rows = channel_moments(x)
+            mean, var, count = self._statistics(*own)
         else:
             mean, var = self._estimates()
         return batch_channel_norm(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmbcn.errors import UsageError
 
 BACKENDS = ("auto", "aten", "triton", "reference")
-_SMALL = 1 << 14  # below, the arithmetic on rows costs more than the passes over x
+# values below which the plain code is faster, by the arithmetic on rows
+_SMALL_ON_CPU, _SMALL = 1 << 18, 1 << 14
 _TRITON = (3, 0)  # the oldest version
 _CAPABILITY = (8, 0)  # of the oldest GPU that the kernels are for
 
@@ -29,7 +30,10 @@ def backend_for(x: Tensor) -> str:
     wanted = _wanted(x)
     if wanted != "auto":
         return wanted
-    if x.numel() < _SMALL or torch._C._are_functorch_transforms_active():
+    if (
+        x.numel() < (_SMALL_ON_CPU if x.is_cpu else _SMALL)
+        or torch._C._are_functorch_transforms_active()
+    ):
         return "reference"
     if torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return "reference"  # a trace, a fake or distributed tensor: its values are not to be read

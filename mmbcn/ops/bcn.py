@@ -20,6 +20,7 @@ from torch import Tensor
 from mmbcn.ops import reference
 from mmbcn.ops.backend import implementation
 from mmbcn.ops.coefficients import Stages
+from mmbcn.ops.moments import batch_moments
 
 _MANY_POSITIONS = 512  # above, the values that backward keeps per row are less than 1 % of x
 
@@ -35,6 +36,22 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
             return reference.row_moments(x)
         with _autocast_off(x):
             return fused[0].row_moments(x)
+
+
+def channel_moments(
+    x: Tensor,
+) -> tuple[Tensor, Tensor, int, tuple[Tensor, Tensor] | None]:
+    """Mean, biased variance and number of values of each channel of ``x``, without gradient.
+
+    Fourth are the moments of the rows, for `batch_channel_norm`, where they were computed.
+
+    Shape: (N, C, ...) -> (C,), (C,), int, (N, C) twice; an empty batch gives zeros
+    """
+    with torch.no_grad():
+        if implementation(x) is None:
+            return *reference.channel_moments(x), None
+    rows = row_moments(x)
+    return *batch_moments(*rows, x[:1].numel() // x.shape[1]), rows
 
 
 def batch_channel_norm(
@@ -73,7 +90,7 @@ def batch_channel_norm(
         count: the number of values behind ``mean`` and ``var``, if they are the statistics of
             this very batch; None or infinity: they are constants.
         group: the ranks whose values ``mean`` and ``var`` are of; None: this one's alone.
-        rows: what `row_moments` gave for x, where it has been called already.
+        rows: the moments of x's rows, where they are known already.
 
     Shape: x (N, C, ...) -> same; mean, var, bn_weight, bn_bias (C,); weight, bias (num_groups,)
 

@@ -37,7 +37,7 @@ def test_results(mode):
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
-    large = torch.zeros(1, 1, 256, 256)
+    large = torch.zeros(1, 1, 512, 512)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("MMBCN_BACKEND", raising=False)
     assert backend_for(large) == "aten"
@@ -53,7 +53,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 def test_the_interpreter_is_never_chosen_by_itself(monkeypatch):
     monkeypatch.delenv("MMBCN_BACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend_for(torch.zeros(1, 1, 256, 256)) == "aten"
+    assert backend_for(torch.zeros(1, 1, 512, 512)) == "aten"
 
 
 # what kernels are compiled for: dtypes of x and of statistics, sizes, tiles

@@ -331,7 +331,7 @@ def test_estimates_as_an_operator(momentum, micro):
 def test_function_transforms(monkeypatch):
     """`torch.func` on the automatic choice, at a size where the fused form would be chosen."""
     monkeypatch.delenv("MMBCN_BACKEND")
-    x = values((3, 2, 8, 40, 40), dtype=torch.float64)
+    x = values((2, 2, 8, 128, 128), dtype=torch.float64)
     mean, var = torch.zeros(8).double(), torch.ones(8).double()
     affine = [
         values((n,), dtype=torch.float64, seed=k) for n, k in ((8, 0), (8, 1), (4, 2), (4, 3))
