@@ -9,9 +9,11 @@ Example:
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -26,14 +28,25 @@ OUT = ROOT / "tools/benchmark/results/norms"
 SHAPES = ["2,64,256,512", "2,256,64,128", "2,512,64,128", "2,2048,64,128", "4,64,128,128"]
 LAYOUTS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 GROUPS = 32
+KEEP = dict(  # glibc: nothing is mapped for one allocation, nothing given back
+    MALLOC_MMAP_THRESHOLD_=str(1 << 40), MALLOC_TRIM_THRESHOLD_=str(1 << 40)
+)
+MEMORY = {
+    False: "Memory comes from malloc as it is; what it maps anew, page by page, is part of the times.",
+    True: "Malloc keeps what is freed: no page faults.",
+}
 HEADING = """# Norms against nn.BatchNorm2d
 
 Times divided by those of `nn.BatchNorm2d` (below 1: faster; medians of interleaved rounds), forward
 and backward in training mode; *kept*: bytes saved for backward, in sizes of the input. Forward
-alone, milliseconds, quantiles and peak memory are in the CSV beside this file. Made by
+alone, milliseconds, quantiles and peak memory are in the CSV beside this file. {memory} Made by
 `{command}`.
 
 {where}
+
+The ratios of all shapes together:
+
+{summary}
 
 """
 
@@ -114,6 +127,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--norms", nargs="+", default=list(NORMS), choices=list(NORMS))
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile of the reference"
+    )
+    parser.add_argument(
+        "--reuse-memory",
+        action="store_true",
+        help="let malloc keep what is freed (glibc on Linux): times without page faults",
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="per shape, dtype and layout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -237,6 +255,20 @@ def table(rows: list[Row]) -> list[Row]:
     return list(lines.values())
 
 
+def summary(rows: list[Row]) -> list[Row]:
+    """A line per dtype, layout and batch-channel norm: the median and the worst shape's ratio."""
+    ratios: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        if row["part"] == "forward, backward" and row["norm"] in ("BCN", "MicroBCN"):
+            key = tuple(row[k] for k in ("dtype", "layout", "norm"))
+            ratios.setdefault(key, []).append(row["ratio"])
+    names = "dtype", "layout", "norm"
+    return [
+        dict(zip(names, key, strict=True)) | dict(median=median(values), worst=max(values))
+        for key, values in ratios.items()
+    ]
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """A bar chart of the ratios for the first dtype and layout."""
     chosen = [r for r in rows if r["part"] == "forward, backward"]
@@ -260,6 +292,8 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
+    if args.reuse_memory and not os.environ.keys() >= KEEP.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(args.threads)
     if "BatchNorm" not in args.norms:
         args.norms.insert(0, "BatchNorm")
@@ -272,16 +306,26 @@ def main() -> None:
     write_csv(args.out.with_suffix(".csv"), rows)
     facts = environment(args.device)
     where = ", ".join(f"{key} {value}" for key, value in facts.items() if value != "")
-    text = HEADING.format(command=command(args), where=where) + markdown_table(table(rows)) + "\n"
-    args.out.with_suffix(".md").write_text(text)
+    text = HEADING.format(
+        command=command(args),
+        where=where,
+        memory=MEMORY[args.reuse_memory],
+        summary=markdown_table(summary(rows)),
+    )
+    args.out.with_suffix(".md").write_text(text + markdown_table(table(rows)) + "\n")
     draw(rows, args.out.with_suffix(".png"))
-    print(markdown_table(table(rows)))
+    print(markdown_table(table(rows)), markdown_table(summary(rows)), sep="\n\n")
 
 
 def command(args: argparse.Namespace) -> str:
     """The command that measures the same again."""
     text = f"python tools/benchmark/norms.py --dtypes {' '.join(args.dtypes)}"
-    return text + f" --layouts {' '.join(args.layouts)}" + " --compile" * args.compile
+    return (
+        text
+        + f" --layouts {' '.join(args.layouts)}"
+        + " --compile" * args.compile
+        + " --reuse-memory" * args.reuse_memory
+    )
 
 
 if __name__ == "__main__":
