@@ -6,6 +6,7 @@
 from importlib import import_module
 from typing import Any
 
+from mmbcn.checkpoints.allowed import allow_globals
 from mmbcn.layers import BCN, MicroBCN, SyncBCN, WSConv2d
 from mmbcn.norms import convert_norm, norm_names, set_norm
 
@@ -26,6 +27,8 @@ __all__ = [
     "norm_names",
     "set_norm",
 ]
+
+allow_globals()  # so that whoever loads our checkpoints with mmengine 0.10.7 can read them
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,25 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_load_args(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of loading checkpoints."""
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="load what matches of a checkpoint that does not fit, instead of stopping",
+    )
+    add_trust_arg(parser)
+
+
+def add_trust_arg(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of reading checkpoints."""
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="read a checkpoint that holds more than data: it may run any code",
+    )
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The config, with --cfg-options and --norm applied."""
     if not Path(args.config).is_file():
@@ -77,6 +96,9 @@ def read_run_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     cfg.setdefault("runner_type", "mmbcn.NormRunner")
+    for key in ("allow_partial", "trust_pickle"):
+        if getattr(args, key):
+            cfg[key] = True
     return cfg
 
 

@@ -7,7 +7,7 @@ Example:
 import argparse
 from pathlib import Path
 
-from _common import add_config_args, add_run_args, read_run_config, run
+from _common import add_config_args, add_load_args, add_run_args, read_run_config, run
 from mmengine.registry import RUNNERS
 
 from mmbcn.engine.config_check import check_keys
@@ -20,6 +20,7 @@ def parse_args() -> argparse.Namespace:
     add_config_args(parser)
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     add_run_args(parser)
+    add_load_args(parser)
     parser.add_argument("--out", help="folder for the predicted label maps, as PNG")
     parser.add_argument("--show-dir", help="folder for pictures: image, truth, prediction")
     parser.add_argument("--show-num", type=int, help="only this many, evenly spread (default: all)")

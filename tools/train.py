@@ -6,7 +6,7 @@ Example:
 
 import argparse
 
-from _common import add_config_args, add_run_args, read_run_config, run
+from _common import add_config_args, add_load_args, add_run_args, read_run_config, run
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 
@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_config_args(parser)
     add_run_args(parser)
+    add_load_args(parser)
     parser.add_argument("--resume", action="store_true", help="from the work_dir's last checkpoint")
     parser.add_argument(
         "--amp", action="store_true", help="mixed precision (on CPUs in bfloat16, which is slow)"

@@ -1,1 +1,1 @@
-"""Checkpoints: what norm they are of."""
+"""Checkpoints: reading them safely, fitting foreign ones to a model, saying what did not fit."""

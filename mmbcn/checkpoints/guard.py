@@ -33,7 +33,7 @@ def state_mismatch(model: nn.Module, state: Mapping[str, Any]) -> tuple[str, str
         state: a state dict, with or without the prefix ``module.``.
     """
     keys = {key.removeprefix("module.") for key in state}
-    for name, layer in _norms(model):
+    for name, layer in norm_layers(model):
         kind = _kind(layer)
         if {f"{name}.bn.weight", f"{name}.pbn.weight"} & keys:
             found = _BATCH_CHANNEL
@@ -48,12 +48,13 @@ def state_mismatch(model: nn.Module, state: Mapping[str, Any]) -> tuple[str, str
     return None
 
 
-def _norms(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def norm_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The norm layers with their paths; of a batch-channel norm, not its batch stage."""
     for name, child in module.named_children():
         if isinstance(child, (_NormBase, nn.GroupNorm, FrozenBN)):
             yield prefix + name, child
         else:
-            yield from _norms(child, f"{prefix}{name}.")
+            yield from norm_layers(child, f"{prefix}{name}.")
 
 
 def _kind(layer: nn.Module) -> str:
@@ -62,8 +63,8 @@ def _kind(layer: nn.Module) -> str:
     return _PER_SAMPLE if isinstance(layer, nn.GroupNorm) else _BATCH_NORM
 
 
-def config_norms(text: str) -> set[str] | None:
-    """What the ``model`` of a config's text normalizes and standardizes with; None: unreadable."""
+def parse_model(text: str) -> ast.AST | None:
+    """The syntax tree of ``model`` in a config's text; None: there is none that can be read."""
     try:
         tree = ast.parse(text)
     except SyntaxError:
@@ -74,10 +75,16 @@ def config_norms(text: str) -> set[str] | None:
         if isinstance(node, ast.Assign)
         and any(isinstance(t, ast.Name) and t.id == "model" for t in node.targets)
     ]
-    if not models:
+    return models[-1] if models else None
+
+
+def config_norms(text: str) -> set[str] | None:
+    """What the ``model`` of a config's text normalizes and standardizes with; None: unreadable."""
+    model = parse_model(text)
+    if model is None:
         return None
     kinds = set()
-    for node in ast.walk(models[-1]):
+    for node in ast.walk(model):
         if isinstance(node, ast.keyword) and node.arg in ("norm_cfg", "conv_cfg"):
             for call in ast.walk(node.value):
                 kind = _call_kind(call)

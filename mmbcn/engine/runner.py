@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import mmbcn
+from mmbcn.checkpoints.loader import load_options
 from mmbcn.engine.config_check import check_keys, check_norm_cfgs, check_work_dir
 from mmbcn.engine.data_check import check_files, check_folders, watch_reading
 from mmbcn.engine.hooks import LabelCheckHook, NormGuardHook
@@ -24,7 +25,8 @@ class NormRunner(Runner):
     """Runs any mm config, with its normalization switched to ``cfg.norm`` where that is given.
 
     Also stops early, with one clear message, where data is missing, labels are no classes, or a
-    checkpoint is of another norm. With an mm package's own tools, no file edited::
+    checkpoint does not fit. Its keys ``trust_pickle`` and ``allow_partial`` are `train.py`'s flags
+    of these names. With an mm package's own tools, no file edited::
 
         mim train mmsegmentation CONFIG --cfg-options runner_type=mmbcn.NormRunner norm=bcn_ws
 
@@ -87,7 +89,7 @@ class NormRunner(Runner):
         """Check the data of the training and validation sets, then train."""
         check_keys(self.cfg, "train")
         check_folders(self.cfg, ("train", "val"))
-        with explained():
+        with explained(), load_options(self.cfg):
             return super().train()
 
     def val(self) -> dict[str, float]:
@@ -112,6 +114,14 @@ class NormRunner(Runner):
         loader = Runner.build_dataloader(*args, **kwargs)
         watch_reading(loader.dataset)
         return loader
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint by the config's ``trust_pickle`` and ``allow_partial``.
+
+        `NormGuardHook` fits it to the model; of any origin that docs/checkpoints.md lists.
+        """
+        with load_options(self.cfg):
+            return super().load_checkpoint(*args, **kwargs)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Call the hooks; before the first pass over a split, check that its files exist."""

@@ -23,7 +23,7 @@ _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var", "num_batches_tr
 
 def adopt_state(
     state: MutableMapping[str, Tensor], prefix: str, num_groups: int, bn: nn.Module
-) -> None:
+) -> str | None:
     """Rename and reshape, in place, what ``state`` holds under ``prefix``.
 
     Args:
@@ -31,21 +31,26 @@ def adopt_state(
         prefix: the layer's prefix in it, with the dot.
         num_groups: length of the group affine.
         bn: the layer's batch stage.
+
+    Returns:
+        What was done; None where the entries are ours.
     """
-    for name in [k.removeprefix(prefix) for k in state if k.startswith(prefix + "pbn.")]:
+    renamed = [k.removeprefix(prefix) for k in state if k.startswith(prefix + "pbn.")]
+    for name in renamed:
         state[f"{prefix}bn.{name.removeprefix('pbn.')}"] = state.pop(prefix + name)
     state.pop(
         f"{prefix}bn.estbn_moving_speed", None
     )  # the original's update rate, set from outside
     affine = [f"{prefix}weight", f"{prefix}bias"]
     if any(k.startswith(f"{prefix}bn.") for k in state):
-        for key in affine:
-            if key in state and state[key].shape == (1, num_groups, 1):
-                state[key] = state[key].reshape(num_groups)
-        return
+        reshaped = [k for k in affine if k in state and state[k].shape == (1, num_groups, 1)]
+        for key in reshaped:
+            state[key] = state[key].reshape(num_groups)
+        done = ["pbn -> bn"] * bool(renamed) + ["group affine (1, G, 1) -> (G,)"] * bool(reshaped)
+        return ", ".join(done) or None
     found = [name for name in _PER_CHANNEL if prefix + name in state]
     if not found:
-        return
+        return None
     example = state[prefix + found[0]]
     for name in found:
         state[f"{prefix}bn.{name}"] = state.pop(prefix + name)
@@ -60,3 +65,5 @@ def adopt_state(
         )
         for name in _PER_CHANNEL:
             state.setdefault(f"{prefix}bn.{name}", getattr(bn, name).detach().clone())
+        return "per-channel affine -> batch stage, only an initialization"
+    return "BatchNorm -> batch stage, group affine 1 and 0"

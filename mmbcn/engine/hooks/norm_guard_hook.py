@@ -1,47 +1,51 @@
-"""Stops a run whose checkpoint is of another norm than its config."""
+"""Fits every checkpoint that a run loads to its model, and stops where it is of another one."""
 
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
-from mmbcn.checkpoints.guard import config_norms, state_mismatch
+import mmbcn.checkpoints.loader  # noqa: F401 (registers the reader)
+from mmbcn.checkpoints.fit import fit_checkpoint
 from mmbcn.errors import UsageError
 from mmbcn.registry import HOOKS
 
 
 @HOOKS.register_module()
 class NormGuardHook(Hook):
-    """Compare a checkpoint's norms with the model's before it is loaded.
+    """Fit a checkpoint to the model before it is loaded, foreign ones too, and log a report.
 
     Testing and resuming need the same function: any difference stops. Training from a checkpoint
     (``load_from``) may start from another norm, which is logged, but not where the group stage of a
-    batch-channel norm would be dropped.
+    batch-channel norm would be dropped; heads may be missing, and the classifier may have another
+    number of classes.
 
     Raises:
         UsageError: says what the checkpoint has, what the model has, and what to do.
     """
 
+    priority = "ABOVE_NORMAL"  # before EMAHook copies the weights
+
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Check, before the state dict goes into the model."""
+        """Replace the checkpoint's weights by those that the model takes, under its names."""
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        difference = state_mismatch(model, checkpoint.get("state_dict", checkpoint))
-        if difference:
-            layer, ours, theirs = difference
-            text = f"{layer} is a {ours} in the model and {theirs} in the checkpoint"
-        else:
-            stored = config_norms(str((checkpoint.get("meta") or {}).get("cfg", "")))
-            ours, theirs = config_norms(runner.cfg.pretty_text), stored
-            if stored is None or stored == ours:
-                return
-            ours, theirs = (" with ".join(sorted(kinds)) or "none" for kinds in (ours, theirs))
-            text = f"the model has {ours}, the checkpoint was trained with {theirs}"
-        exact = runner.testing or runner._resume
-        if exact or theirs == "batch-channel norm":
+        source = str(runner._load_from or "the checkpoint")
+        if runner._resume and not {"meta", "message_hub"} <= set(checkpoint):
             raise UsageError(
-                f"the checkpoint is of another norm than the config: {text}. Give the config that "
-                "it was trained with (saved beside it), or the same --norm"
+                f"{source} cannot be resumed: it holds weights only, no iteration and optimizer. "
+                "To start a training from it: --cfg-options load_from=PATH, without --resume"
             )
-        runner.logger.warning(f"Starting from a checkpoint of another norm: {text}.")
+        state, report = fit_checkpoint(
+            model,
+            checkpoint,
+            source,
+            config=runner.cfg.pretty_text,
+            exact=runner.testing or runner._resume,
+            optional=("auxiliary_head",) if runner.testing else (),
+            allow_partial=runner.cfg.get("allow_partial", False),
+        )
+        runner.logger.info(report.text())
+        initial = model.state_dict()  # for what is missing: mmengine would list it once more
+        checkpoint["state_dict"] = {**initial, **state}
