@@ -2,7 +2,7 @@ default_scope = "mmseg"
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend="nccl"),
+    dist_cfg=dict(backend="nccl", timeout=600),  # seconds that a rank waits for the others
 )
 vis_backends = [dict(type="LocalVisBackend")]
 visualizer = dict(type="SegLocalVisualizer", vis_backends=vis_backends, name="visualizer")
@@ -11,5 +11,5 @@ log_level = "INFO"
 load_from = None
 resume = False
 tta_model = dict(type="SegTTAModel")
-# mmengine's DDP does not broadcast buffers: average the running estimates before validation
-custom_hooks = [dict(type="SyncBuffersHook"), dict(type="mmbcn.NonFiniteHook")]
+# each rank has running estimates of its own: average them before validation and checkpoints
+custom_hooks = [dict(type="mmbcn.SyncBuffersHook"), dict(type="mmbcn.NonFiniteHook")]

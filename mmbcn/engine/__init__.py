@@ -8,7 +8,16 @@ except ModuleNotFoundError as error:
     raise missing_package("mmbcn.engine", error.name or "mmseg") from error
 
 from mmbcn.engine.autocast import BFloat16OptimWrapper
-from mmbcn.engine.hooks import LabelCheckHook, NonFiniteHook, NormGuardHook, PanelHook
+from mmbcn.engine.hooks import (
+    LabelCheckHook,
+    NonFiniteHook,
+    NormGuardHook,
+    PanelHook,
+    PreemptionHook,
+    RandomStateHook,
+    SafeCheckpointHook,
+    SyncBuffersHook,
+)
 from mmbcn.engine.runner import NormRunner
 
 __all__ = [
@@ -18,4 +27,8 @@ __all__ = [
     "NormGuardHook",
     "NormRunner",
     "PanelHook",
+    "PreemptionHook",
+    "RandomStateHook",
+    "SafeCheckpointHook",
+    "SyncBuffersHook",
 ]

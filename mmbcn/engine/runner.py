@@ -1,12 +1,16 @@
 """mmengine's Runner, with the norm switch and with checks before time is lost."""
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from mmengine.device import get_device
-from mmengine.runner import Runner
+from mmengine.dist import broadcast_object_list, master_only
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,8 +18,17 @@ import mmbcn
 from mmbcn.checkpoints.loader import load_options
 from mmbcn.engine.config_check import check_keys, check_norm_cfgs, check_work_dir
 from mmbcn.engine.data_check import check_files, check_folders, watch_reading
-from mmbcn.engine.hooks import LabelCheckHook, NormGuardHook
+from mmbcn.engine.hooks import (
+    LabelCheckHook,
+    NormGuardHook,
+    PreemptionHook,
+    RandomStateHook,
+    SafeCheckpointHook,
+    SyncBuffersHook,
+)
 from mmbcn.engine.mistakes import explained
+from mmbcn.engine.random_state import NumberedSampler, ShelteredWorker
+from mmbcn.engine.saving import check_resumable, find_checkpoint, whole_file
 from mmbcn.norms import set_norm
 from mmbcn.registry import RUNNERS
 
@@ -26,7 +39,10 @@ class NormRunner(Runner):
 
     Also stops early, with one clear message, where data is missing, labels are no classes, or a
     checkpoint does not fit. Its keys ``trust_pickle`` and ``allow_partial`` are `train.py`'s flags
-    of these names. With an mm package's own tools, no file edited::
+    of these names. A run that ends at any time, killed or asked to (SIGTERM), goes on with
+    ``resume=True`` as if nothing had happened; it always has the hooks for that:
+    `SafeCheckpointHook`, `RandomStateHook`, `PreemptionHook`, and `SyncBuffersHook` for several
+    ranks. With an mm package's own tools, no file edited::
 
         mim train mmsegmentation CONFIG --cfg-options runner_type=mmbcn.NormRunner norm=bcn_ws
 
@@ -51,13 +67,23 @@ class NormRunner(Runner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._checked: set[str] = set()  # splits whose files were looked for
         super().__init__(*args, **kwargs)
-        for hook in (LabelCheckHook(), NormGuardHook()):
+        for hook in (LabelCheckHook(), NormGuardHook(), RandomStateHook(), PreemptionHook()):
             self.register_hook(hook)
+        if not any(isinstance(hook, SyncBuffersHook) for hook in self.hooks):
+            self.register_hook(SyncBuffersHook())
+
+    def register_hook(self, hook: Hook | dict[str, Any], priority: Any = None) -> None:
+        """Register a hook; the safe one in place of mmengine's ``CheckpointHook``."""
+        if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", CheckpointHook):
+            hook = dict(hook, type=SafeCheckpointHook)
+        super().register_hook(hook, priority)
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Set up the environment; ranks on CPUs exchange over gloo (mmengine asks for CUDA)."""
         if self._launcher == "pytorch" and get_device() == "cpu" and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            seconds = env_cfg.get("dist_cfg", {}).get("timeout")
+            timeout = None if seconds is None else timedelta(seconds=seconds)
+            dist.init_process_group("gloo", timeout=timeout)
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
@@ -85,6 +111,60 @@ class NormRunner(Runner):
         elif self.rank == 0:
             self.cfg.dump(str(Path(self.work_dir, "config.py")))
 
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict[str, Any],
+        seed: int | None = None,
+        diff_rank_seed: bool = False,
+    ) -> DataLoader:
+        """Build a loader that draws nothing from this process; its workers outlast SIGTERM.
+
+        The reading of its dataset is watched.
+        """
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if isinstance(dataloader, dict):
+            loader.generator = torch.Generator()
+            loader.worker_init_fn = ShelteredWorker(loader.worker_init_fn)
+        watch_reading(loader.dataset)
+        return loader
+
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        """Build the training loop, over samples that are numbered."""
+        loader = self._train_dataloader
+        if isinstance(loader, dict) and isinstance(loader.get("sampler"), dict):
+            sampler = dict(type=NumberedSampler, sampler=loader["sampler"])
+            self._train_dataloader = dict(loader, sampler=sampler)
+        return super().build_train_loop(loop)
+
+    def load_or_resume(self) -> None:
+        """Load or resume; without a name, from the newest checkpoint that is whole."""
+        if self._resume and not self._has_loaded:
+            if self._load_from is None:
+                found = [find_checkpoint(self.work_dir, self.logger) if self.rank == 0 else None]
+                broadcast_object_list(found)
+                self._load_from = found[0]
+                if self._load_from is None:
+                    self.logger.warning(f"No checkpoint in {self.work_dir}: starts anew")
+                    return
+            else:
+                check_resumable(self._load_from)
+        super().load_or_resume()
+
+    @master_only
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save a checkpoint; on a local disk, it appears when it is whole."""
+        if "://" in str(out_dir) or file_client_args or kwargs.get("backend_args"):
+            super().save_checkpoint(out_dir, filename, file_client_args, **kwargs)
+            return
+        with whole_file(Path(out_dir, filename), "checkpoint") as part:
+            super().save_checkpoint(out_dir, part.name, **kwargs)
+
     def train(self) -> nn.Module:
         """Check the data of the training and validation sets, then train."""
         check_keys(self.cfg, "train")
@@ -107,13 +187,6 @@ class NormRunner(Runner):
         check_folders(self.cfg, ("test",))
         with explained():
             return super().test()
-
-    @staticmethod
-    def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
-        """Build a data loader, whose dataset is then watched in reading."""
-        loader = Runner.build_dataloader(*args, **kwargs)
-        watch_reading(loader.dataset)
-        return loader
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint by the config's ``trust_pickle`` and ``allow_partial``.

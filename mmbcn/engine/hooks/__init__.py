@@ -4,5 +4,18 @@ from mmbcn.engine.hooks.label_check_hook import LabelCheckHook
 from mmbcn.engine.hooks.non_finite_hook import NonFiniteHook
 from mmbcn.engine.hooks.norm_guard_hook import NormGuardHook
 from mmbcn.engine.hooks.panel_hook import PanelHook
+from mmbcn.engine.hooks.preemption_hook import PreemptionHook
+from mmbcn.engine.hooks.random_state_hook import RandomStateHook
+from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
+from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
 
-__all__ = ["LabelCheckHook", "NonFiniteHook", "NormGuardHook", "PanelHook"]
+__all__ = [
+    "LabelCheckHook",
+    "NonFiniteHook",
+    "NormGuardHook",
+    "PanelHook",
+    "PreemptionHook",
+    "RandomStateHook",
+    "SafeCheckpointHook",
+    "SyncBuffersHook",
+]
