@@ -1,7 +1,9 @@
-"""Two processes against one process on the concatenated batch, in float64.
+"""Two and four processes against one process on the concatenated batch, in float64.
 
-All cases run in one pair of processes, which write what they got; the tests compare.
+All cases run in one set of processes, which write what they got; the tests compare.
 """
+
+import os
 
 import pytest
 import torch
@@ -62,6 +64,12 @@ CASES = {
         (2, 1),
         3,
     ),
+    # of four processes
+    "four": (lambda: randomized(SyncBCN(C, G)), BCN, (2, 1, 1, 3), 3),
+    "four_converted": (converted, BCN, (1, 1, 1, 1), 2),
+    "four_with_empty": (lambda: randomized(SyncBCN(C, G)), BCN, (0, 3, 0, 1), 3),
+    "four_micro": (lambda: randomized(MicroBCN(C, G, sync=True)), MicroBCN, (2, 0, 1, 1), 3),
+    "four_checkpointed": (lambda: randomized(SyncBCN(C, G)), BCN, (1, 2, 0, 1), 3),
 }
 
 
@@ -90,43 +98,109 @@ def params(layer):
     return list(layer.named_parameters())
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+def run_cases(rank, world):
     results = {}
     for name, (make, _, ranks, size) in CASES.items():
-        part = slice(0, ranks[0]) if rank == 0 else slice(ranks[0], None)
-        whole = [batch(step, ranks, size) for step in range(STEPS)]
-        layer = make()
-        results[name] = train(layer, [(x[part], dy[part]) for x, dy in whole], "check" in name)
-    layer = randomized(SyncBCN(C, G)).eval()
-    results["eval"] = layer(batch(0, (1, 1), 2)[0][:1]).detach()
+        if len(ranks) == world:
+            part = slice(sum(ranks[:rank]), sum(ranks[: rank + 1]))
+            whole = [batch(step, ranks, size) for step in range(STEPS)]
+            layer = make()
+            results[name] = train(layer, [(x[part], dy[part]) for x, dy in whole], "check" in name)
+    return results
+
+
+def count_bytes(rank):
+    """Bytes that each layer hands to the exchange: in forward, with backward, recomputed, eval."""
+    exchange, sent = dist.all_reduce, []
+
+    def counting(value, *args, **kwargs):
+        sent.append(value.numel() * value.element_size())
+        return exchange(value, *args, **kwargs)
+
+    dist.all_reduce = counting
+    results = {}
+    for make in (BCN, SyncBCN, MicroBCN, lambda *a: MicroBCN(*a, sync=True)):
+        layer, counts = make(C, G), []
+        x = torch.randn(rank + 1, C, 8, 8, requires_grad=True)
+        y = layer(x)
+        counts.append(sum(sent))
+        y.sum().backward()
+        counts.append(sum(sent))
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        counts.append(sum(sent))
+        layer.eval()(x).sum().backward()
+        counts.append(sum(sent))
+        sent.clear()
+        results[type(layer).__name__, layer.sync] = counts
+    dist.all_reduce = exchange
+    return results
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    results = {}
+    for world in (4, 2):
+        if rank >= world:
+            continue
+        init = f"file://{folder}/init{world}"
+        dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
+        for backend in ("auto", "aten"):
+            os.environ["MMBCN_BACKEND"] = backend
+            results[backend] = results.get(backend, {}) | run_cases(rank, world)
+        results[f"bytes of {world}"] = count_bytes(rank)
+        if world == 2:
+            layer = randomized(SyncBCN(C, G)).eval()
+            results["eval"] = layer(batch(0, (1, 1), 2)[0][:1]).detach()
+        dist.destroy_process_group()
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks_results(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("sync"))
-    mp.spawn(worker, (folder,), nprocs=2)
-    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(2)]
+    mp.spawn(worker, (folder,), nprocs=4)
+    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(4)]
 
 
+@pytest.mark.parametrize("backend", ["auto", "aten"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_one_process(ranks_results, name):
+def test_equals_one_process(ranks_results, name, backend):
     _, make, ranks, size = CASES[name]
     expected = train(randomized(make(C, G)), [batch(step, ranks, size) for step in range(STEPS)])
-    results = [r[name] for r in ranks_results]
+    results = [r[backend][name] for r in ranks_results[: len(ranks)]]
     close = dict(rtol=1e-10, atol=1e-10)
     for step, (y, dx) in enumerate(expected["steps"]):
         torch.testing.assert_close(torch.cat([r["steps"][step][0] for r in results]), y, **close)
         torch.testing.assert_close(torch.cat([r["steps"][step][1] for r in results]), dx, **close)
     for key, grad in expected["grads"].items():
-        summed = results[0]["grads"][key] + results[1]["grads"][key]
+        summed = sum(r["grads"][key] for r in results)
         torch.testing.assert_close(summed, grad, **close, msg=key)
     for key, value in expected["buffers"].items():
         for r in results:
             torch.testing.assert_close(r["buffers"][key], value, **close, msg=key)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "micro" in name])
+def test_estimates_of_all_ranks_are_identical(ranks_results, name):
+    for backend in ("auto", "aten"):
+        first, *others = (r[backend][name]["buffers"] for r in ranks_results[: len(CASES[name][2])])
+        for other in others:
+            assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_exchanged(ranks_results, ranks):
+    """As docs/distributed.md says, whatever the size of the batch and of the images."""
+    moments, gradients = 4 * ranks * (2 * C + 1), 4 * 2 * C
+    once = moments + gradients
+    twice = once + moments + once  # a recomputed forward exchanges again
+    for r in ranks_results[:ranks]:
+        assert r[f"bytes of {ranks}"] == {
+            ("BCN", False): [0, 0, 0, 0],
+            ("SyncBCN", True): [moments, once, twice, twice],
+            ("MicroBCN", False): [0, 0, 0, 0],
+            ("MicroBCN", True): [moments, moments, 2 * moments, 2 * moments],
+        }
 
 
 def test_sharing_matters(ranks_results):
@@ -134,11 +208,11 @@ def test_sharing_matters(ranks_results):
     _, _, ranks, size = CASES["sync"]
     x, _ = batch(0, ranks, size)
     alone = randomized(BCN(C, G))(x[: ranks[0]])
-    shared = ranks_results[0]["sync"]["steps"][0][0]
+    shared = ranks_results[0]["auto"]["sync"]["steps"][0][0]
     assert (alone - shared).abs().max() > 0.1
 
 
 def test_eval_needs_no_exchange(ranks_results):
     expected = randomized(BCN(C, G)).eval()(batch(0, (1, 1), 2)[0][:1])
-    for r in ranks_results:
+    for r in ranks_results[:2]:
         torch.testing.assert_close(r["eval"], expected, rtol=1e-12, atol=1e-12)
