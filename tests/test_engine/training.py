@@ -62,8 +62,13 @@ def train_here(cfg: Config, name: str) -> None:
     from mmbcn.engine import NormRunner
 
     cfg.experiment_name = name
-    with patch("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, False)):  # 0.3 s each
-        NormRunner.from_cfg(cfg).train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: the number decides the order of sums
+    try:
+        with patch("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, False)):  # 0.3 s
+            NormRunner.from_cfg(cfg).train()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def command(cfg: Config, *args: object) -> list[str]:
