@@ -34,6 +34,22 @@ def check_keys(cfg: Mapping[str, Any], split: str | None = None) -> None:
         )
 
 
+def check_not_sharded(cfg: Mapping[str, Any]) -> None:
+    """Check that no sharding of the model is asked for, which mmengine's ``Runner`` cannot save.
+
+    Raises:
+        UsageError: the config has a ``strategy``, or wraps the model in FSDP.
+    """
+    wrapper = (cfg.get("model_wrapper_cfg") or {}).get("type")
+    if cfg.get("strategy") or "FullySharded" in str(wrapper):
+        key = "strategy" if cfg.get("strategy") else "model_wrapper_cfg"
+        raise UsageError(
+            f"NormRunner does not shard models, and the config has {key}={cfg[key]}. Remove the "
+            "key to train with DistributedDataParallel, or use torch's fully_shard in a loop of "
+            "your own: see docs/distributed.md"
+        )
+
+
 def check_work_dir(path: str) -> None:
     """Check that a run can write where it is to save; makes the folder.
 

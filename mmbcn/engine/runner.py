@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader
 
 import mmbcn
 from mmbcn.checkpoints.loader import load_options
-from mmbcn.engine.config_check import check_keys, check_norm_cfgs, check_work_dir
+from mmbcn.engine.config_check import (
+    check_keys,
+    check_norm_cfgs,
+    check_not_sharded,
+    check_work_dir,
+)
 from mmbcn.engine.data_check import check_files, check_folders, watch_reading
 from mmbcn.engine.hooks import (
     LabelCheckHook,
@@ -57,6 +62,7 @@ class NormRunner(Runner):
         """Build the runner from a config, switched by its key ``norm``."""
         cfg = copy.deepcopy(cfg)
         check_keys(cfg)
+        check_not_sharded(cfg)
         if cfg.get("norm"):
             set_norm(cfg["model"], cfg["norm"])
         check_norm_cfgs(cfg["model"])

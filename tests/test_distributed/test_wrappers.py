@@ -163,3 +163,20 @@ def test_buffers_are_synchronized(ranks_results):
             assert buffers["bn.running_mean"].eq(0.5).all()
             assert buffers["bn.running_var"].eq(2).all()
             assert buffers["bn.num_batches_tracked"] == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(strategy=dict(type="FSDPStrategy")),
+        dict(model_wrapper_cfg=dict(type="MMFullyShardedDataParallel")),
+    ],
+)
+def test_sharding_by_mmengine_is_refused(tiny_config, options):
+    pytest.importorskip("mmseg")
+    from mmbcn.engine import NormRunner
+    from mmbcn.errors import UsageError
+
+    key, value = next(iter(options.items()))
+    with pytest.raises(UsageError, match=f"does not shard models, .*{key}=.*{value['type']}"):
+        NormRunner.from_cfg(tiny_config(**options))
