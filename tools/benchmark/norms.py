@@ -32,7 +32,7 @@ KEEP = dict(  # glibc: nothing is mapped for one allocation, nothing given back
     MALLOC_MMAP_THRESHOLD_=str(1 << 40), MALLOC_TRIM_THRESHOLD_=str(1 << 40)
 )
 MEMORY = {
-    False: "Memory comes from malloc as it is; what it maps anew, page by page, is part of the times.",
+    False: "Memory comes from malloc as it is; page faults are part of the times.",
     True: "Malloc keeps what is freed: no page faults.",
 }
 HEADING = """# Norms against nn.BatchNorm2d
@@ -159,7 +159,7 @@ def check(norm: nn.Module, x: Tensor, dy: Tensor) -> None:
         error = (fresh(x).double() - y).norm() / y.norm()
         gradient_error = (x.grad.double() - x64.grad).norm() / x64.grad.norm()
     bound = 10 * torch.finfo(x.dtype).eps
-    if not max(error, gradient_error) < max(bound, 1e-5):
+    if not max(error, gradient_error) < max(bound, 3e-5):  # torch in channels_last: 1e-5
         raise SystemExit(f"{type(norm).__name__} is wrong: {error:.1e}, {gradient_error:.1e}")
     x.grad = None
 
