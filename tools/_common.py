@@ -23,9 +23,10 @@ class _Overrides(DictAction):
         super().__call__(parser, *args, **kwargs)
 
 
-def add_config_args(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every tool has."""
-    parser.add_argument("config", help="config file")
+def add_config_args(parser: argparse.ArgumentParser, name: str = "config") -> None:
+    """Add the arguments that every tool has; ``name`` may be an option, ``--config``."""
+    required = {"required": True} if name.startswith("-") else {}
+    parser.add_argument(name, help="config file", **required)
     parser.add_argument("--norm", help=f"switch the normalization: {', '.join(norm_names())}")
     parser.add_argument(
         "--cfg-options",

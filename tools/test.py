@@ -5,7 +5,6 @@ Example:
 """
 
 import argparse
-from pathlib import Path
 
 from _common import add_config_args, add_load_args, add_run_args, read_run_config, run
 from mmengine.registry import RUNNERS
@@ -33,8 +32,6 @@ def main() -> None:
     args = parse_args()
     cfg = read_run_config(args)
     check_keys(cfg, "test")
-    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
-        raise UsageError(f"there is no checkpoint {args.checkpoint}")
     cfg.load_from = args.checkpoint
     if args.show_dir:
         panels = dict(type="mmbcn.PanelHook", out_dir=args.show_dir, limit=args.show_num)

@@ -53,10 +53,10 @@ def fit_checkpoint(
             batch-channel norm would be dropped), or too little matches.
     """
     state = find_state(checkpoint, source, prefix)
-    report = LoadReport(source, type(model).__name__)
     stored = str((checkpoint.get("meta") or {}).get("cfg", ""))
     formula = _formula(stored, state, source)
-    state, report.converted, left_out = map_keys(model, state)
+    state, converted, left_out = map_keys(model, state)
+    report = LoadReport(source, type(model).__name__, converted=converted, left_out=left_out)
     _compare_norms(model, state, report, stored, config, exact)
     spare = [k for k in state if _is_spare(k, model)]
     if spare:
@@ -65,7 +65,6 @@ def fit_checkpoint(
     _convert_norms(model, state, report)
     _convert_standardization(model, state, report, formula, known_config=bool(stored))
     state = _compare(model, state, report)
-    report.unexpected += left_out
     problem = report.problem(exact, optional)
     if problem and not allow_partial:
         raise UsageError(
@@ -168,7 +167,7 @@ def _compare(model: nn.Module, state: State, report: LoadReport) -> State:
     fitting: State = {}
     for key, value in state.items():
         if key not in ours:
-            report.unexpected.append(key)
+            (report.left_out if is_classifier(key) else report.unexpected).append(key)
         elif value.shape != ours[key].shape:
             report.shapes[key] = tuple(value.shape), tuple(ours[key].shape)
         else:
@@ -176,10 +175,10 @@ def _compare(model: nn.Module, state: State, report: LoadReport) -> State:
     report.matched = list(fitting)
     report.missing = [k for k in ours if k not in state and not k.endswith(_COUNTER)]
     parts = dict(model.named_children())
-    strangers = [k for k in report.unexpected if not is_classifier(k)]
-    if "backbone" in parts and not strangers:
+    if "backbone" in parts and not report.unexpected:
         started = {k.partition(".")[0] for k in state} | {"backbone"}
-        report.absent = [k for k in parts if k not in started and any(parts[k].parameters())]
+        with_weights = {k.partition(".")[0] for k in ours} - started
+        report.absent = [k for k in parts if k in with_weights]
     lost = {*report.missing, *report.shapes}
     for path, layer in norm_layers(model):
         names = {f"{path}.{k}" for k in layer.state_dict()}

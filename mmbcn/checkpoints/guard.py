@@ -30,19 +30,18 @@ def state_mismatch(model: nn.Module, state: Mapping[str, Any]) -> tuple[str, str
 
     Args:
         model: the model that ``state`` would be loaded into.
-        state: a state dict, with or without the prefix ``module.``.
+        state: a state dict under the model's names; layers that it lacks are passed over.
     """
-    keys = {key.removeprefix("module.") for key in state}
     for name, layer in norm_layers(model):
         kind = _kind(layer)
-        if {f"{name}.bn.weight", f"{name}.pbn.weight"} & keys:
+        if {f"{name}.bn.weight", f"{name}.pbn.weight"} & state.keys():
             found = _BATCH_CHANNEL
-        elif f"{name}.running_mean" in keys:
+        elif f"{name}.running_mean" in state:
             found = _BATCH_NORM
-        elif f"{name}.weight" in keys:
+        elif f"{name}.weight" in state:
             found = _PER_SAMPLE
         else:
-            found = "nothing"
+            continue
         if found != kind:
             return name, kind, found
     return None

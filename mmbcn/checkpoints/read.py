@@ -18,6 +18,7 @@ from torch import nn
 from mmbcn.checkpoints.allowed import refused_globals, safe_load
 from mmbcn.errors import UsageError
 
+_AGAIN = "download or copy it again, or take an earlier checkpoint of the run"
 _HEADS = (  # how a file begins -> what it is, and what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"<", "an HTML or XML page, as a download that needs a login or a confirmation leaves it"),
@@ -47,12 +48,7 @@ def read_checkpoint(
         UsageError: the file is missing, empty, cut short, something else than a checkpoint, or
             holds classes that are not allowed; says which, and what to do.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
-        raise UsageError(f"the checkpoint {path} {what}{_neighbours(path)}")
-    if path.stat().st_size == 0:
-        raise UsageError(f"the checkpoint {path} is empty (0 bytes): {_AGAIN}")
+    path = check_file(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, map_location)
     content = _load(path, map_location, trust_pickle)
@@ -65,14 +61,26 @@ def read_checkpoint(
     return content
 
 
-_AGAIN = "download or copy it again, or take an earlier checkpoint of the run"
+def check_file(path: str | Path) -> Path:
+    """The path of a checkpoint, if there is a file and something in it.
+
+    Raises:
+        UsageError: there is none, or it is empty.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
+        raise UsageError(f"the checkpoint {path} {what}{_neighbours(path)}")
+    if path.stat().st_size == 0:
+        raise UsageError(f"the checkpoint {path} is empty (0 bytes): {_AGAIN}")
+    return path
 
 
 def _neighbours(path: Path) -> str:
     """The checkpoints beside a path that does not exist, or in the folder that it is."""
     folder = path if path.is_dir() else path.parent
     names = sorted(p.name for kind in ("*.pth", "*.pt", "*.safetensors") for p in folder.glob(kind))
-    return f"; {folder} has: {', '.join(names[-5:])}" if names else ""
+    return f". {folder} has: {', '.join(names[-5:])}" if names else ""
 
 
 def _load(path: Path, map_location: Any, trust_pickle: bool) -> Any:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-_SHOWN = 6
+_SHOWN = 4
 _CLASSIFIERS = ("fc.", "head.", "classifier.", "last_linear.")  # of networks for ImageNet
 BACKBONE_SHARE = 0.01  # of the backbone's parameters that may be without a match
 
@@ -21,7 +21,8 @@ class LoadReport:
         converted: what was done -> how many entries, layers or convolutions.
         missing: entries of the model that the checkpoint lacks.
         shapes: entries of another shape -> (the checkpoint's, the model's).
-        unexpected: entries of the checkpoint that the model has no place for.
+        left_out: entries of parts that this model is without: a classifier, or heads.
+        unexpected: other entries that the model has no place for.
         absent: parts of the model (heads) of which the checkpoint has nothing.
         norms_unmatched: norm layers that are not loaded as a whole, in the other parts.
         backbone_unmatched: share of the backbone's parameters that are not loaded.
@@ -35,6 +36,7 @@ class LoadReport:
     converted: Counter[str] = field(default_factory=Counter)
     missing: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     norms_unmatched: list[str] = field(default_factory=list)
@@ -43,8 +45,6 @@ class LoadReport:
 
     def text(self) -> str:
         """The report as a few lines; lists are cut."""
-        spare = [k for k in self.unexpected if not is_classifier(k)]
-        classifier = [k for k in self.unexpected if is_classifier(k)]
         absent = tuple(f"{part}." for part in self.absent)
         missing = [k for k in self.missing if not k.startswith(absent)] if absent else self.missing
         shapes = [f"{k} {theirs}, model {ours}" for k, (theirs, ours) in self.shapes.items()]
@@ -53,11 +53,11 @@ class LoadReport:
             f"checkpoint {self.source} -> {self.into}",
             f"  matched     {len(self.matched)} entries, with {self.norms} norm layers",
             *(f"  converted   {text}" for text in converted),
-            *([f"  left out    {_cut(classifier)}: a classifier"] if classifier else []),
-            *([f"  no place    {len(spare)}: {_cut(spare)}"] if spare else []),
+            *_line("left out", self.left_out),
+            *_line("no place", self.unexpected),
             *(f"  not in it   {part}: keeps its initial weights" for part in self.absent),
-            *([f"  missing     {len(missing)}: {_cut(missing)}"] if missing else []),
-            *([f"  other shape {len(shapes)}: {_cut(shapes, '; ')}"] if shapes else []),
+            *_line("missing", missing),
+            *_line("other shape", shapes, "; "),
             *(f"  note        {text}" for text in self.notes),
         ]
         return "\n".join(lines)
@@ -88,8 +88,6 @@ class LoadReport:
     def hint(self) -> str:
         """What the config should perhaps say instead."""
         lost = [*self.missing, *self.shapes]
-        if "decode_head" in self.absent:
-            return "It holds a backbone only: start a training from it (load_from). "
         if any("stem.0." in k for k in lost) and any("conv1.weight" in k for k in self.unexpected):
             return (
                 "The checkpoint's stem is one 7x7 convolution, the model's three of 3x3: "
@@ -107,6 +105,8 @@ class LoadReport:
                 "The authors' head is 256 wide with a 1x1 fuse: see "
                 "configs/_base_/models/deeplabv3_r101_os16.py. "
             )
+        if "decode_head" in self.absent and self.backbone_unmatched <= BACKBONE_SHARE:
+            return "It holds a backbone only: start a training from it (load_from). "
         if any("layer" in k for k in [*lost, *self.unexpected]):
             return "Is it of another depth or width than model.backbone says? "
         return ""
@@ -115,6 +115,10 @@ class LoadReport:
 def is_classifier(key: str) -> bool:
     """Whether an entry belongs to the last layer of a network for image classification."""
     return key.removeprefix("backbone.").startswith(_CLASSIFIERS)
+
+
+def _line(title: str, items: list[str], separator: str = ", ") -> list[str]:
+    return [f"  {title:11} {len(items)}: {_cut(items, separator)}"] if items else []
 
 
 def _cut(items: list[str], separator: str = ", ") -> str:

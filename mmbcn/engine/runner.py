@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import mmbcn
 from mmbcn.checkpoints.loader import load_options
+from mmbcn.checkpoints.read import check_file
 from mmbcn.engine.config_check import (
     check_keys,
     check_norm_cfgs,
@@ -67,6 +68,9 @@ class NormRunner(Runner):
             set_norm(cfg["model"], cfg["norm"])
         check_norm_cfgs(cfg["model"])
         check_work_dir(cfg["work_dir"])
+        source = str(cfg.get("load_from") or "")
+        if source and "://" not in source:
+            check_file(source)  # now, not when everything is built
         with explained():
             return super().from_cfg(cfg)
 

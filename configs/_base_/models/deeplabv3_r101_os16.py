@@ -1,5 +1,6 @@
-# DeepLabV3 as in the BCN authors' VOC code: ResNet-101, output stride 16, multi-grid (1, 1, 1),
-# ASPP of 256 channels with rates 6, 12, 18 and a 1x1 fuse, no auxiliary head, no dropout.
+# DeepLabV3 as in the BCN authors' VOC code: ResNet-101, output stride 16 (dilations 1, 2, 2 in the
+# last stage), ASPP of 256 channels with rates 6, 12, 18 and a 1x1 fuse, no auxiliary head, no
+# dropout.
 _base_ = "./deeplabv3_r101.py"
 model = dict(
     data_preprocessor=dict(size=(513, 513)),
@@ -7,8 +8,6 @@ model = dict(
         type="ResNet",
         strides=(1, 2, 2, 1),
         dilations=(1, 1, 1, 2),
-        multi_grid=(1, 1, 1),
-        contract_dilation=False,
     ),
     decode_head=dict(
         type="mmbcn.PointwiseFuseASPPHead",

@@ -1,0 +1,211 @@
+"""Published networks, stated independently in published.py, load through every door."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+
+from mmbcn import NormRunner, set_norm
+from mmbcn.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+init_default_scope("mmseg")
+
+
+def backbone_cfg(norm, depth=18, kind="ResNet", **options):
+    """A ResNet as the config's ``--norm`` would make it."""
+    cfg = dict(type=kind, depth=depth, norm_cfg=dict(type="BN"), style="pytorch", **options)
+    return set_norm(dict(backbone=cfg), norm)["backbone"]
+
+
+def model_cfg(norm, depth=18, classes=19, **backbone):
+    head = dict(channels=32, num_classes=classes, norm_cfg=dict(type="BN"))
+    cin = 512 if depth == 18 else 2048
+    cfg = dict(
+        type="EncoderDecoder",
+        data_preprocessor=dict(type="SegDataPreProcessor"),
+        backbone=dict(type="ResNet", depth=depth, norm_cfg=dict(type="BN"), **backbone),
+        decode_head=dict(type="FCNHead", in_channels=cin, in_index=3, num_convs=1, **head),
+        auxiliary_head=dict(type="FCNHead", in_channels=cin // 2, in_index=2, num_convs=1, **head),
+    )
+    return set_norm(cfg, norm)
+
+
+def evaluating(model):
+    model = copy.deepcopy(model).double()
+    model.eval()  # mm's return None
+    return model
+
+
+def assert_same_stages(backbone, net):
+    """The outputs of all stages, in float64: what differs is the weights as they were loaded."""
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(9)).double()
+    with torch.no_grad():
+        ours = evaluating(backbone)(x)
+        theirs = copy.deepcopy(net).double().stages(x)
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert_close_to_scale(mine, expected)
+
+
+def assert_close_to_scale(ours, theirs):
+    """Equal to 1e-5 of the largest value."""
+    scale = theirs.abs().max().item()
+    assert theirs.std() > 0.05 * scale  # something to compare
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(scale, 1))
+
+
+def initialized(cfg):
+    model = MODELS.build(cfg)
+    model.init_weights()
+    return model
+
+
+def load_from(cfg, path, tmp_path, **options):
+    """What Runner.train does with load_from, without data."""
+    config = dict(model=cfg, load_from=path, default_scope="mmseg", work_dir=str(tmp_path / "w"))
+    runner = NormRunner.from_cfg(Config({**config, **options, "experiment_name": str(id(cfg))}))
+    runner.load_or_resume()
+    return runner.model
+
+
+CASES = [
+    # published network, --norm of the model, depth, deep stem
+    ("bn_18", "bn", 18, False),
+    ("bn_deep_18", "bn", 18, True),
+    ("gn_18", "gn", 18, False),
+    ("bcn_18", "bcn_ws", 18, False),
+    ("bcn_18", "microbcn_ws", 18, False),
+    ("bcn_18", "syncbcn", 18, False),  # weights come standardized
+    ("gn_ws_50", "gn_ws", 50, False),
+    ("bcn_50", "bcn_ws", 50, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "norm", "depth", "deep"), CASES)
+def test_backbone_computes_the_same(kind, norm, depth, deep, published, save):
+    net = published(kind)
+    name = "resnet50_gn_ws-15beedd8.pth" if kind == "gn_ws_50" else "checkpoint.pth"
+    path = save(net.state_dict(), name)
+    pretrained = dict(type="Pretrained", checkpoint=path)
+    cfg = backbone_cfg(norm, depth, "ResNetV1c" if deep else "ResNet", init_cfg=pretrained)
+    assert_same_stages(initialized(cfg), net)
+
+
+def wrapped(state, form):
+    prefixed = {f"module.{k}": v for k, v in state.items()}
+    extra = dict(epoch=100, best_acc=torch.tensor(78.0), optimizer={"state": {}})
+    return {
+        "flat": state,
+        "module": prefixed,
+        "state_dict": {"state_dict": prefixed, **extra},
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["flat", "module", "state_dict"])
+@pytest.mark.parametrize("stage", ["pbn", "bn"])
+def test_original_backbone_in_every_form(form, stage, published, save):
+    net = published("bcn_18")
+    state = {k.replace(".pbn.", f".{stage}."): v for k, v in net.state_dict().items()}
+    if stage == "bn":  # the estimating batch norm of their README has a buffer more
+        state["bn1.bn.estbn_moving_speed"] = torch.zeros(1)
+    pretrained = dict(type="Pretrained", checkpoint=save(wrapped(state, form)))
+    assert_same_stages(initialized(backbone_cfg("bcn_ws", init_cfg=pretrained)), net)
+
+
+@pytest.mark.parametrize("door", ["model.pretrained", "backbone.pretrained", "prefix", "load_from"])
+def test_doors(door, published, save, tmp_path):
+    net = published("bcn_18")
+    path = save(net.state_dict())
+    if door == "model.pretrained":
+        cfg = model_cfg("bcn_ws")
+        cfg["pretrained"] = path
+        backbone = initialized(Config(cfg)).backbone
+    elif door == "backbone.pretrained":
+        backbone = initialized(model_cfg("bcn_ws", pretrained=path)).backbone
+    elif door == "prefix":
+        path = save({"state_dict": {f"encoder.net.{k}": v for k, v in net.state_dict().items()}})
+        pretrained = dict(type="Pretrained", checkpoint=path, prefix="encoder.net")
+        backbone = initialized(backbone_cfg("bcn_ws", init_cfg=pretrained))
+    else:
+        backbone = load_from(model_cfg("bcn_ws"), path, tmp_path).backbone
+    assert_same_stages(backbone, net)
+
+
+def test_mm_checkpoints_of_classifiers_and_segmentors(published, save):
+    """With backbone. before the names, into a segmentor and into a backbone."""
+    net = published("bn_18")
+    state = {f"backbone.{k}": v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    state |= {"head.fc.weight": torch.zeros(1000, 512), "head.fc.bias": torch.zeros(1000)}
+    path = save({"state_dict": state, "meta": {}})
+    for prefix in (None, "backbone.", "backbone"):
+        pretrained = dict(type="Pretrained", checkpoint=path, prefix=prefix)
+        assert_same_stages(initialized(backbone_cfg("bn", init_cfg=pretrained)), net)
+    cfg = model_cfg("bn")
+    cfg["init_cfg"] = dict(type="Pretrained", checkpoint=path)
+    assert_same_stages(initialized(cfg).backbone, net)
+
+
+def test_mm_group_norm_names(published, save):
+    """OpenMMLab's GN and GN + WS networks say gn1 where torchvision's say bn1."""
+    net = published("gn_18")
+    names = {k: k.replace("bn1.", "gn1.").replace("bn2.", "gn2.") for k in net.state_dict()}
+    path = save({names[k]: v for k, v in net.state_dict().items()})
+    pretrained = dict(type="Pretrained", checkpoint=path)
+    assert_same_stages(initialized(backbone_cfg("gn", init_cfg=pretrained)), net)
+
+
+def deeplab_cfg():
+    """The shipped config of the authors' recipe, at depth 50."""
+    cfg = Config.fromfile(ROOT / "configs/_base_/models/deeplabv3_r101_os16.py").model
+    cfg.backbone.depth = 50
+    return set_norm(cfg, "syncbcn_ws")
+
+
+@pytest.mark.parametrize("ws", ["inside", "outside", "none"])
+def test_original_deeplab(ws, published, save, tmp_path):
+    """Every layer in its place, and the formula of weight standardization made the model's."""
+    net = published("deeplab_50")
+    cfg = deeplab_cfg()
+    for part in (cfg.backbone, cfg.decode_head):
+        if ws == "none":
+            part.conv_cfg = None
+        else:
+            part.conv_cfg.eps_inside = ws == "inside"
+    path = save(wrapped(net.state_dict(), "state_dict"))
+    model = load_from(cfg, path, tmp_path)
+    x = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(9)).double()
+    with torch.no_grad():
+        ours = evaluating(model)._forward(x)
+        theirs = copy.deepcopy(net).double()(x)
+    assert_close_to_scale(ours, theirs)
+
+
+def test_original_deeplab_as_backbone(published, save):
+    net = published("deeplab_50")
+    cfg = deeplab_cfg()["backbone"]
+    cfg["init_cfg"] = dict(type="Pretrained", checkpoint=save(net.state_dict()))
+    assert_same_stages(initialized(cfg), net)
+
+
+def test_batch_norm_checkpoint_in_batch_channel_norm(published, save):
+    """The batch stage is the checkpoint's BatchNorm: as torch computes it, with a group norm."""
+    net = published("bn_18")
+    pretrained = dict(type="Pretrained", checkpoint=save(net.state_dict()))
+    backbone = initialized(backbone_cfg("bcn", init_cfg=pretrained))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = torch.group_norm(net.bn1(net.conv1(x)), 32)
+        backbone.eval()
+        ours = backbone.bn1(backbone.conv1(x))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_unknown_prefix_names_what_there_is(published, save):
+    path = save({f"encoder.{k}": v for k, v in published("bn_18").state_dict().items()})
+    pretrained = dict(type="Pretrained", checkpoint=path, prefix="backbone.")
+    with pytest.raises(UsageError, match=r"nothing under 'backbone\.'; it has: encoder"):
+        initialized(backbone_cfg("bn", init_cfg=pretrained))

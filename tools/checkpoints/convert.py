@@ -1,0 +1,78 @@
+"""Convert a foreign checkpoint into one of a config's model, and say what became of its entries.
+
+Takes ResNets of torchvision, timm and OpenMMLab with BatchNorm or GroupNorm, the BCN authors'
+backbones and their DeepLabV3. train.py and test.py load all of them directly, too.
+
+Example:
+    python tools/checkpoints/convert.py rn101_bcn_ws.pth rn101.pth \
+        --config configs/deeplabv3/deeplabv3_r101-os16_syncbcn_ws_50e_voc12aug-513x513.py
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+
+import mmbcn
+from mmbcn.checkpoints.fetch import fetch
+from mmbcn.checkpoints.fit import fit_checkpoint
+from mmbcn.checkpoints.read import read_checkpoint
+from mmbcn.checkpoints.write import write_checkpoint
+from mmbcn.errors import UsageError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import add_config_args, add_load_args, read_config, run
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\nExample")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", help="checkpoint: file, URL, torchvision://NAME, open-mmlab://NAME")
+    parser.add_argument("dst", type=Path, help="file to write: .pth, or .safetensors")
+    add_config_args(parser, name="--config")
+    add_load_args(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read, fit, report, write."""
+    args = parse_args()
+    cfg = read_config(args)
+    path = fetch(args.src)
+    if path.exists() and args.dst.exists() and path.samefile(args.dst):
+        raise UsageError(f"{args.dst} is the checkpoint itself: give another file to write")
+    checkpoint = read_checkpoint(path, trust_pickle=args.trust_pickle)
+    init_default_scope(cfg.get("default_scope") or "mmseg")
+    state, report = fit_checkpoint(
+        MODELS.build(cfg.model), checkpoint, args.src, allow_partial=args.allow_partial
+    )
+    print(report.text())
+    meta = checkpoint.get("meta")
+    known = meta if isinstance(meta, dict) else {}
+    meta = dict(
+        cfg=cfg.pretty_text,
+        dataset_meta=known.get("dataset_meta") or dataset_meta(cfg),
+        converted_from=path.name,
+        mmbcn_version=mmbcn.__version__,
+    )
+    write_checkpoint({"meta": meta, "state_dict": state}, args.dst)
+    print(f"wrote {args.dst}")
+
+
+def dataset_meta(cfg: Config) -> dict[str, Any]:
+    """Classes and palette of the config's test set: ``init_model`` wants them in a checkpoint."""
+    dataset = (cfg.get("test_dataloader") or {}).get("dataset") or {}
+    while "dataset" in dataset:
+        dataset = dataset["dataset"]
+    cls = DATASETS.get(dataset["type"]) if "type" in dataset else None
+    return dict(getattr(cls, "METAINFO", {}))
+
+
+if __name__ == "__main__":
+    run(main)
