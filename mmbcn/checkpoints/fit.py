@@ -179,6 +179,12 @@ def _compare(model: nn.Module, state: State, report: LoadReport) -> State:
         started = {k.partition(".")[0] for k in state} | {"backbone"}
         with_weights = {k.partition(".")[0] for k in ours} - started
         report.absent = [k for k in parts if k in with_weights]
+    _count_unmatched(model, state, report)
+    return fitting
+
+
+def _count_unmatched(model: nn.Module, state: State, report: LoadReport) -> None:
+    """Norm layers that are not whole, and the shares of the backbone without a counterpart."""
     lost = {*report.missing, *report.shapes}
     for path, layer in norm_layers(model):
         names = {f"{path}.{k}" for k in layer.state_dict()}
@@ -186,8 +192,13 @@ def _compare(model: nn.Module, state: State, report: LoadReport) -> State:
             report.norms += 1
         elif path.partition(".")[0] not in report.absent:
             report.norms_unmatched.append(path)
+    parts = dict(model.named_children())
     start = "backbone." if "backbone" in parts else ""
+    stages = tuple(f"{start}{k}." for k, _ in parts.get("backbone", model).named_children())
+    heads = tuple(f"{k}." for k in parts if k != "backbone")
+    report.surplus = [k for k in report.unexpected if k.startswith(stages + heads)]
     sizes = {k: p.numel() for k, p in model.named_parameters() if k.startswith(start)}
-    total = sum(sizes.values())
-    report.backbone_unmatched = sum(v for k, v in sizes.items() if k in lost) / max(total, 1)
-    return fitting
+    total = max(sum(sizes.values()), 1)
+    lacking = sum(v for k, v in sizes.items() if k in lost)
+    spare = sum(state[k].numel() for k in report.surplus if k.startswith(stages))
+    report.backbone_unmatched = max(lacking / total, spare / (total + spare))

@@ -23,9 +23,11 @@ class LoadReport:
         shapes: entries of another shape -> (the checkpoint's, the model's).
         left_out: entries of parts that this model is without: a classifier, or heads.
         unexpected: other entries that the model has no place for.
+        surplus: those of them in parts that the model has, as of a deeper backbone.
         absent: parts of the model (heads) of which the checkpoint has nothing.
         norms_unmatched: norm layers that are not loaded as a whole, in the other parts.
-        backbone_unmatched: share of the backbone's parameters that are not loaded.
+        backbone_unmatched: share of the backbone's parameters, or of the checkpoint's, that has no
+            counterpart.
         notes: what else is to be known.
     """
 
@@ -38,6 +40,7 @@ class LoadReport:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     norms_unmatched: list[str] = field(default_factory=list)
     backbone_unmatched: float = 0.0
@@ -78,7 +81,8 @@ class LoadReport:
         if self.backbone_unmatched > BACKBONE_SHARE:
             found.append(f"{self.backbone_unmatched:.1%} of the backbone's parameters not matched")
         starts = tuple(f"{part}." for part in optional)
-        lost = [k for k in [*self.missing, *self.shapes] if not k.startswith(starts)]
+        lost = [*self.missing, *self.shapes, *self.surplus]
+        lost = [k for k in lost if not k.startswith(starts)]
         if exact and lost and not found:
             found.append(f"{_count(len(lost), 'entry', 'entries')} not matched ({_cut(lost)})")
         if not self.matched:
@@ -87,27 +91,26 @@ class LoadReport:
 
     def hint(self) -> str:
         """What the config should perhaps say instead."""
-        lost = [*self.missing, *self.shapes]
-        if any("stem.0." in k for k in lost) and any("conv1.weight" in k for k in self.unexpected):
+        lost = {k.removeprefix("backbone.") for k in [*self.missing, *self.shapes]}
+        spare = {k.removeprefix("backbone.") for k in self.unexpected}
+        if "stem.0.weight" in lost and "conv1.weight" in spare:
             return (
                 "The checkpoint's stem is one 7x7 convolution, the model's three of 3x3: "
                 "model.backbone.type=ResNet. "
             )
-        if any("stem.0." in k or "conv1.0." in k for k in self.unexpected):
+        if spare & {"stem.0.weight", "conv1.0.weight"}:
             return (
                 "The checkpoint's stem is of three 3x3 convolutions: "
                 "model.backbone.type=ResNetV1c. "
             )
-        if any("decode_head.bottleneck" in k for k in self.shapes) and "aspp" in str(
-            self.converted
-        ):
+        if "decode_head.bottleneck.conv.weight" in lost and "aspp" in str(self.converted):
             return (
                 "The authors' head is 256 wide with a 1x1 fuse: see "
                 "configs/_base_/models/deeplabv3_r101_os16.py. "
             )
         if "decode_head" in self.absent and self.backbone_unmatched <= BACKBONE_SHARE:
             return "It holds a backbone only: start a training from it (load_from). "
-        if any("layer" in k for k in [*lost, *self.unexpected]):
+        if any(k.startswith("layer") for k in lost | spare):
             return "Is it of another depth or width than model.backbone says? "
         return ""
 
