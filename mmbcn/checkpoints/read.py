@@ -68,9 +68,10 @@ def check_file(path: str | Path) -> Path:
         UsageError: there is none, or it is empty.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UsageError(f"the checkpoint {path} is a folder, not a file{_neighbours(path)}")
     if not path.is_file():
-        what = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
-        raise UsageError(f"the checkpoint {path} {what}{_neighbours(path)}")
+        raise UsageError(f"there is no checkpoint {path}{_neighbours(path)}")
     if path.stat().st_size == 0:
         raise UsageError(f"the checkpoint {path} is empty (0 bytes): {_AGAIN}")
     return path

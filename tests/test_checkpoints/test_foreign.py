@@ -1,76 +1,26 @@
 """Published networks, stated independently in published.py, load through every door."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("mmseg")
+from loading import (
+    ROOT,
+    assert_close_to_scale,
+    assert_same_stages,
+    backbone_cfg,
+    evaluating,
+    initialized,
+    load_from,
+    model_cfg,
+    pretrained,
+)
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 
-from mmbcn import NormRunner, set_norm
+from mmbcn import set_norm
 from mmbcn.errors import UsageError
-
-ROOT = Path(__file__).parents[2]
-init_default_scope("mmseg")
-
-
-def backbone_cfg(norm, depth=18, kind="ResNet", **options):
-    """A ResNet as the config's ``--norm`` would make it."""
-    cfg = dict(type=kind, depth=depth, norm_cfg=dict(type="BN"), style="pytorch", **options)
-    return set_norm(dict(backbone=cfg), norm)["backbone"]
-
-
-def model_cfg(norm, depth=18, classes=19, **backbone):
-    head = dict(channels=32, num_classes=classes, norm_cfg=dict(type="BN"))
-    cin = 512 if depth == 18 else 2048
-    cfg = dict(
-        type="EncoderDecoder",
-        data_preprocessor=dict(type="SegDataPreProcessor"),
-        backbone=dict(type="ResNet", depth=depth, norm_cfg=dict(type="BN"), **backbone),
-        decode_head=dict(type="FCNHead", in_channels=cin, in_index=3, num_convs=1, **head),
-        auxiliary_head=dict(type="FCNHead", in_channels=cin // 2, in_index=2, num_convs=1, **head),
-    )
-    return set_norm(cfg, norm)
-
-
-def evaluating(model):
-    model = copy.deepcopy(model).double()
-    model.eval()  # mm's return None
-    return model
-
-
-def assert_same_stages(backbone, net):
-    """The outputs of all stages, in float64: what differs is the weights as they were loaded."""
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(9)).double()
-    with torch.no_grad():
-        ours = evaluating(backbone)(x)
-        theirs = copy.deepcopy(net).double().stages(x)
-    for mine, expected in zip(ours, theirs, strict=True):
-        assert_close_to_scale(mine, expected)
-
-
-def assert_close_to_scale(ours, theirs):
-    """Equal to 1e-5 of the largest value."""
-    scale = theirs.abs().max().item()
-    assert theirs.std() > 0.05 * scale  # something to compare
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(scale, 1))
-
-
-def initialized(cfg):
-    model = MODELS.build(cfg)
-    model.init_weights()
-    return model
-
-
-def load_from(cfg, path, tmp_path, **options):
-    """What Runner.train does with load_from, without data."""
-    config = dict(model=cfg, load_from=path, default_scope="mmseg", work_dir=str(tmp_path / "w"))
-    runner = NormRunner.from_cfg(Config({**config, **options, "experiment_name": str(id(cfg))}))
-    runner.load_or_resume()
-    return runner.model
-
 
 CASES = [
     # published network, --norm of the model, depth, deep stem
@@ -90,7 +40,7 @@ def test_backbone_computes_the_same(kind, norm, depth, deep, published, save):
     net = published(kind)
     name = "resnet50_gn_ws-15beedd8.pth" if kind == "gn_ws_50" else "checkpoint.pth"
     path = save(net.state_dict(), name)
-    pretrained = dict(type="Pretrained", checkpoint=path)
+    pretrained = pretrained(path)
     cfg = backbone_cfg(norm, depth, "ResNetV1c" if deep else "ResNet", init_cfg=pretrained)
     assert_same_stages(initialized(cfg), net)
 
@@ -112,7 +62,7 @@ def test_original_backbone_in_every_form(form, stage, published, save):
     state = {k.replace(".pbn.", f".{stage}."): v for k, v in net.state_dict().items()}
     if stage == "bn":  # the estimating batch norm of their README has a buffer more
         state["bn1.bn.estbn_moving_speed"] = torch.zeros(1)
-    pretrained = dict(type="Pretrained", checkpoint=save(wrapped(state, form)))
+    pretrained = pretrained(save(wrapped(state, form)))
     assert_same_stages(initialized(backbone_cfg("bcn_ws", init_cfg=pretrained)), net)
 
 
@@ -128,7 +78,7 @@ def test_doors(door, published, save, tmp_path):
         backbone = initialized(model_cfg("bcn_ws", pretrained=path)).backbone
     elif door == "prefix":
         path = save({"state_dict": {f"encoder.net.{k}": v for k, v in net.state_dict().items()}})
-        pretrained = dict(type="Pretrained", checkpoint=path, prefix="encoder.net")
+        pretrained = pretrained(path, prefix="encoder.net")
         backbone = initialized(backbone_cfg("bcn_ws", init_cfg=pretrained))
     else:
         backbone = load_from(model_cfg("bcn_ws"), path, tmp_path).backbone
@@ -142,10 +92,10 @@ def test_mm_checkpoints_of_classifiers_and_segmentors(published, save):
     state |= {"head.fc.weight": torch.zeros(1000, 512), "head.fc.bias": torch.zeros(1000)}
     path = save({"state_dict": state, "meta": {}})
     for prefix in (None, "backbone.", "backbone"):
-        pretrained = dict(type="Pretrained", checkpoint=path, prefix=prefix)
+        pretrained = pretrained(path, prefix=prefix)
         assert_same_stages(initialized(backbone_cfg("bn", init_cfg=pretrained)), net)
     cfg = model_cfg("bn")
-    cfg["init_cfg"] = dict(type="Pretrained", checkpoint=path)
+    cfg["init_cfg"] = pretrained(path)
     assert_same_stages(initialized(cfg).backbone, net)
 
 
@@ -154,7 +104,7 @@ def test_mm_group_norm_names(published, save):
     net = published("gn_18")
     names = {k: k.replace("bn1.", "gn1.").replace("bn2.", "gn2.") for k in net.state_dict()}
     path = save({names[k]: v for k, v in net.state_dict().items()})
-    pretrained = dict(type="Pretrained", checkpoint=path)
+    pretrained = pretrained(path)
     assert_same_stages(initialized(backbone_cfg("gn", init_cfg=pretrained)), net)
 
 
@@ -187,14 +137,14 @@ def test_original_deeplab(ws, published, save, tmp_path):
 def test_original_deeplab_as_backbone(published, save):
     net = published("deeplab_50")
     cfg = deeplab_cfg()["backbone"]
-    cfg["init_cfg"] = dict(type="Pretrained", checkpoint=save(net.state_dict()))
+    cfg["init_cfg"] = pretrained(save(net.state_dict()))
     assert_same_stages(initialized(cfg), net)
 
 
 def test_batch_norm_checkpoint_in_batch_channel_norm(published, save):
     """The batch stage is the checkpoint's BatchNorm: as torch computes it, with a group norm."""
     net = published("bn_18")
-    pretrained = dict(type="Pretrained", checkpoint=save(net.state_dict()))
+    pretrained = pretrained(save(net.state_dict()))
     backbone = initialized(backbone_cfg("bcn", init_cfg=pretrained))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -206,6 +156,6 @@ def test_batch_norm_checkpoint_in_batch_channel_norm(published, save):
 
 def test_unknown_prefix_names_what_there_is(published, save):
     path = save({f"encoder.{k}": v for k, v in published("bn_18").state_dict().items()})
-    pretrained = dict(type="Pretrained", checkpoint=path, prefix="backbone.")
+    pretrained = pretrained(path, prefix="backbone.")
     with pytest.raises(UsageError, match=r"nothing under 'backbone\.'; it has: encoder"):
         initialized(backbone_cfg("bn", init_cfg=pretrained))

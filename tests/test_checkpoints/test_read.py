@@ -187,7 +187,7 @@ def spoil(kind, path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", r"does not exist\. .* has: good\.pth"),
+        ("missing", r"there is no checkpoint .*bad\.pth\. .* has: good\.pth"),
         ("folder", r"is a folder"),
         ("empty", r"is empty \(0 bytes\): download or copy it again, or take an earlier"),
         ("cut", r"cut short or damaged \(9000 bytes\): download or copy it again"),
