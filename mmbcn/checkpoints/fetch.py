@@ -13,6 +13,10 @@ from mmbcn.errors import UsageError
 
 URL_SCHEMES = ("http://", "https://")
 ZOO_SCHEMES = ("torchvision://", "modelzoo://", "open-mmlab://", "openmmlab://", "mmcls://")
+_ALSO_KNOWN_AS = {  # names that users try -> those of the zoo
+    f"contrib/{net}_gn_ws": f"jhu/{net}_gn_ws"
+    for net in ("resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x4d")
+}
 
 
 def fetch(source: str) -> Path:
@@ -56,6 +60,7 @@ def _zoo_url(scheme: str, name: str) -> str:
     else:
         urls = _mmengine.get_external_models()
         name = _mmengine.get_deprecated_model_names().get(name, name)
+        name = _ALSO_KNOWN_AS.get(name, name)
     if name not in urls:
         same = [known for known in urls if Path(known).name == Path(name).name]
         close = same or get_close_matches(name, urls, n=3, cutoff=0.4)

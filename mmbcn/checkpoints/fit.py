@@ -1,5 +1,6 @@
 """Fits a checkpoint to a model: renames, converts, compares, reports. Loads nothing itself."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -200,5 +201,17 @@ def _count_unmatched(model: nn.Module, state: State, report: LoadReport) -> None
     sizes = {k: p.numel() for k, p in model.named_parameters() if k.startswith(start)}
     total = max(sum(sizes.values()), 1)
     lacking = sum(v for k, v in sizes.items() if k in lost)
-    spare = sum(state[k].numel() for k in report.surplus if k.startswith(stages))
-    report.backbone_unmatched = max(lacking / total, spare / (total + spare))
+    spare = {k: state[k] for k in report.surplus if k.startswith(stages)}
+    report.norms_unmatched += _norm_paths(spare)
+    more = sum(v.numel() for v in spare.values())
+    report.backbone_unmatched = max(lacking / total, more / (total + more))
+
+
+def _norm_paths(state: State) -> list[str]:
+    """The norm layers in a checkpoint: those with one weight for each channel or group."""
+    found = [k.removesuffix(".weight") for k, v in state.items() if _is_affine(k, v)]
+    return list(dict.fromkeys(re.sub(r"\.p?bn$", "", path) for path in found))
+
+
+def _is_affine(key: str, value: Tensor) -> bool:
+    return key.endswith(".weight") and value.numel() == max(value.shape, default=0)

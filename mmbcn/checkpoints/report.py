@@ -25,7 +25,8 @@ class LoadReport:
         unexpected: other entries that the model has no place for.
         surplus: those of them in parts that the model has, as of a deeper backbone.
         absent: parts of the model (heads) of which the checkpoint has nothing.
-        norms_unmatched: norm layers that are not loaded as a whole, in the other parts.
+        norms_unmatched: norm layers that are not loaded as a whole, in the other parts, and those
+            of the checkpoint's backbone that the model has no place for.
         backbone_unmatched: share of the backbone's parameters, or of the checkpoint's, that has no
             counterpart.
         notes: what else is to be known.

@@ -22,6 +22,7 @@ def _published(kind):
             "bn_18": lambda: ResNet(18),
             "bn_deep_18": lambda: ResNet(18, deep=True),
             "gn_18": lambda: ResNet(18, norm=group_norm),
+            "gn_ws_18": lambda: ResNet(18, ConvOutside, group_norm),
             "gn_ws_50": lambda: ResNet(50, ConvOutside, group_norm),
             "bcn_18": lambda: ResNet(18, ConvInside, BatchThenGroup),
             "bcn_50": lambda: ResNet(50, ConvInside, BatchThenGroup),

@@ -40,8 +40,8 @@ def test_backbone_computes_the_same(kind, norm, depth, deep, published, save):
     net = published(kind)
     name = "resnet50_gn_ws-15beedd8.pth" if kind == "gn_ws_50" else "checkpoint.pth"
     path = save(net.state_dict(), name)
-    pretrained = pretrained(path)
-    cfg = backbone_cfg(norm, depth, "ResNetV1c" if deep else "ResNet", init_cfg=pretrained)
+    init = pretrained(path)
+    cfg = backbone_cfg(norm, depth, "ResNetV1c" if deep else "ResNet", init_cfg=init)
     assert_same_stages(initialized(cfg), net)
 
 
@@ -62,27 +62,51 @@ def test_original_backbone_in_every_form(form, stage, published, save):
     state = {k.replace(".pbn.", f".{stage}."): v for k, v in net.state_dict().items()}
     if stage == "bn":  # the estimating batch norm of their README has a buffer more
         state["bn1.bn.estbn_moving_speed"] = torch.zeros(1)
-    pretrained = pretrained(save(wrapped(state, form)))
-    assert_same_stages(initialized(backbone_cfg("bcn_ws", init_cfg=pretrained)), net)
+    init = pretrained(save(wrapped(state, form)))
+    assert_same_stages(initialized(backbone_cfg("bcn_ws", init_cfg=init)), net)
 
 
-@pytest.mark.parametrize("door", ["model.pretrained", "backbone.pretrained", "prefix", "load_from"])
-def test_doors(door, published, save, tmp_path):
-    net = published("bcn_18")
-    path = save(net.state_dict())
-    if door == "model.pretrained":
-        cfg = model_cfg("bcn_ws")
-        cfg["pretrained"] = path
-        backbone = initialized(Config(cfg)).backbone
-    elif door == "backbone.pretrained":
-        backbone = initialized(model_cfg("bcn_ws", pretrained=path)).backbone
-    elif door == "prefix":
-        path = save({"state_dict": {f"encoder.net.{k}": v for k, v in net.state_dict().items()}})
-        pretrained = pretrained(path, prefix="encoder.net")
-        backbone = initialized(backbone_cfg("bcn_ws", init_cfg=pretrained))
+DOORS = ("model.init_cfg", "model.pretrained", "backbone.init_cfg", "backbone.pretrained")
+KINDS = {  # published network: --norm of the model
+    "bn_18": "bn",
+    "gn_18": "gn",
+    "gn_ws_18": "gn_ws",
+    "bcn_18": "bcn_ws",
+}
+
+
+@pytest.mark.parametrize("door", [*DOORS, "load_from", "test"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_door_loads_every_network(kind, door, published, save, tmp_path):
+    net = published(kind)
+    path = save(net.state_dict(), f"{kind}.pth")
+    cfg = model_cfg(KINDS[kind])
+    if door in ("load_from", "test"):  # a test of a backbone: it has no heads
+        test = dict(testing=True, allow_partial=True) if door == "test" else {}
+        model = load_from(cfg, path, tmp_path, **test)
     else:
-        backbone = load_from(model_cfg("bcn_ws"), path, tmp_path).backbone
-    assert_same_stages(backbone, net)
+        part, _, key = door.partition(".")
+        owner = cfg if part == "model" else cfg["backbone"]
+        owner[key] = pretrained(path) if key == "init_cfg" else path
+        model = initialized(cfg)
+    assert_same_stages(model.backbone, net)
+
+
+def test_prefix(published, save):
+    net = published("bcn_18")
+    path = save({"state_dict": {f"encoder.net.{k}": v for k, v in net.state_dict().items()}})
+    init = pretrained(path, prefix="encoder.net")
+    assert_same_stages(initialized(backbone_cfg("bcn_ws", init_cfg=init)), net)
+
+
+def test_zoo_name(published, monkeypatch, tmp_path):
+    """open-mmlab://contrib/resnet50_gn_ws, whose formula is known by the name."""
+    net = published("gn_ws_50")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(net.state_dict(), tmp_path / "checkpoints/resnet50_gn_ws-15beedd8.pth")
+    init = pretrained("open-mmlab://contrib/resnet50_gn_ws")
+    assert_same_stages(initialized(backbone_cfg("gn_ws", 50, init_cfg=init)), net)
 
 
 def test_mm_checkpoints_of_classifiers_and_segmentors(published, save):
@@ -92,8 +116,8 @@ def test_mm_checkpoints_of_classifiers_and_segmentors(published, save):
     state |= {"head.fc.weight": torch.zeros(1000, 512), "head.fc.bias": torch.zeros(1000)}
     path = save({"state_dict": state, "meta": {}})
     for prefix in (None, "backbone.", "backbone"):
-        pretrained = pretrained(path, prefix=prefix)
-        assert_same_stages(initialized(backbone_cfg("bn", init_cfg=pretrained)), net)
+        init = pretrained(path, prefix=prefix)
+        assert_same_stages(initialized(backbone_cfg("bn", init_cfg=init)), net)
     cfg = model_cfg("bn")
     cfg["init_cfg"] = pretrained(path)
     assert_same_stages(initialized(cfg).backbone, net)
@@ -104,8 +128,8 @@ def test_mm_group_norm_names(published, save):
     net = published("gn_18")
     names = {k: k.replace("bn1.", "gn1.").replace("bn2.", "gn2.") for k in net.state_dict()}
     path = save({names[k]: v for k, v in net.state_dict().items()})
-    pretrained = pretrained(path)
-    assert_same_stages(initialized(backbone_cfg("gn", init_cfg=pretrained)), net)
+    init = pretrained(path)
+    assert_same_stages(initialized(backbone_cfg("gn", init_cfg=init)), net)
 
 
 def deeplab_cfg():
@@ -144,8 +168,8 @@ def test_original_deeplab_as_backbone(published, save):
 def test_batch_norm_checkpoint_in_batch_channel_norm(published, save):
     """The batch stage is the checkpoint's BatchNorm: as torch computes it, with a group norm."""
     net = published("bn_18")
-    pretrained = pretrained(save(net.state_dict()))
-    backbone = initialized(backbone_cfg("bcn", init_cfg=pretrained))
+    init = pretrained(save(net.state_dict()))
+    backbone = initialized(backbone_cfg("bcn", init_cfg=init))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = torch.group_norm(net.bn1(net.conv1(x)), 32)
@@ -156,6 +180,6 @@ def test_batch_norm_checkpoint_in_batch_channel_norm(published, save):
 
 def test_unknown_prefix_names_what_there_is(published, save):
     path = save({f"encoder.{k}": v for k, v in published("bn_18").state_dict().items()})
-    pretrained = pretrained(path, prefix="backbone.")
+    init = pretrained(path, prefix="backbone.")
     with pytest.raises(UsageError, match=r"nothing under 'backbone\.'; it has: encoder"):
-        initialized(backbone_cfg("bn", init_cfg=pretrained))
+        initialized(backbone_cfg("bn", init_cfg=init))
