@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmbcn.layers import BatchChannelNorm, FrozenBN
 
 _BATCH_NORM, _BATCH_CHANNEL, _PER_SAMPLE = "BatchNorm", "batch-channel norm", "GroupNorm"
+_BATCH_STAGE = [f"{bn}.{k}" for bn in ("bn", "pbn") for k in ("weight", "bias", "running_mean")]
 # Types of the same function in eval, so that a checkpoint may pass from one to the other.
 _SAME = {
     **dict.fromkeys(("BN", "BN2d", "SyncBN", "FrozenBN"), _BATCH_NORM),
@@ -34,9 +35,9 @@ def state_mismatch(model: nn.Module, state: Mapping[str, Any]) -> tuple[str, str
     """
     for name, layer in norm_layers(model):
         kind = _kind(layer)
-        if {f"{name}.bn.weight", f"{name}.pbn.weight"} & state.keys():
+        if any(f"{name}.{stage}" in state for stage in _BATCH_STAGE):
             found = _BATCH_CHANNEL
-        elif f"{name}.running_mean" in state:
+        elif {f"{name}.running_mean", f"{name}.running_var"} & state.keys():
             found = _BATCH_NORM
         elif f"{name}.weight" in state:
             found = _PER_SAMPLE

@@ -138,6 +138,19 @@ def test_group_stage_is_never_dropped(published, save, tmp_path):
         load_from(model_cfg("bn"), path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "norm", "lost"),
+    [
+        ("bn_18", "bn", "layer2.0.bn1.running_mean"),
+        ("bcn_18", "bcn_ws", "layer2.0.bn1.pbn.weight"),
+    ],
+)
+def test_part_of_a_norm_layer_is_no_other_norm(kind, norm, lost, published, save, tmp_path):
+    path = save(without(published(kind), lost))
+    with pytest.raises(UsageError, match=r"1 norm layer not matched \(backbone\.layer2\.0\.bn1\)"):
+        load_from(model_cfg(norm), path, tmp_path, testing=True)
+
+
 def test_nothing_of_the_model(save, tmp_path):
     path = save({"state_dict": {"encoder.weight": torch.ones(3)}})
     with pytest.raises(UsageError, match="nothing in it belongs to this model"):
