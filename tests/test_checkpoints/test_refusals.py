@@ -14,6 +14,7 @@ from loading import (
     model_cfg,
     pretrained,
 )
+from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmbcn.checkpoints.fit import fit_checkpoint
 from mmbcn.checkpoints.loader import load_options
@@ -185,6 +186,16 @@ def test_trust_pickle(door, published, save, tmp_path):
     with pytest.raises(UsageError, match=r"holds argparse\.Namespace, .*: --trust-pickle \(trust_"):
         load(trust_pickle=False)
     assert_same_stages(load(trust_pickle=True).backbone, net)
+
+
+def test_options_hold_inside_only(save):
+    """Mmengine's own door reads safely as well, also after a run that trusted a file failed."""
+    path = save({"w": torch.ones(1), "args": argparse.Namespace(lr=0.1)})
+    for _ in range(2):
+        with pytest.raises(UsageError, match="--trust-pickle"):
+            CheckpointLoader.load_checkpoint(path)
+        with pytest.raises(KeyError), load_options(dict(trust_pickle=True, allow_partial=True)):
+            raise KeyError(CheckpointLoader.load_checkpoint(path)["w"])
 
 
 def test_report(published):
