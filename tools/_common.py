@@ -23,10 +23,12 @@ class _Overrides(DictAction):
         super().__call__(parser, *args, **kwargs)
 
 
-def add_config_args(parser: argparse.ArgumentParser, name: str = "config") -> None:
+def add_config_args(
+    parser: argparse.ArgumentParser, name: str = "config", required: bool = True
+) -> None:
     """Add the arguments that every tool has; ``name`` may be an option, ``--config``."""
-    required = {"required": True} if name.startswith("-") else {}
-    parser.add_argument(name, help="config file", **required)
+    needed = {"required": required} if name.startswith("-") else {}
+    parser.add_argument(name, help="config file", **needed)
     parser.add_argument("--norm", help=f"switch the normalization: {', '.join(norm_names())}")
     parser.add_argument(
         "--cfg-options",

@@ -1,4 +1,4 @@
-"""Writes checkpoint files, whole or not at all."""
+"""Writes checkpoint files, whole or not at all; the same content gives the same bytes."""
 
 import json
 import os
@@ -29,22 +29,38 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        if path.suffix == ".safetensors":
-            _save_safetensors(content, part)
-        else:
-            torch.save(content, part)
+        with part.open("wb") as file:
+            if path.suffix == ".safetensors":
+                file.write(_safetensors(content))
+            else:
+                torch.save(content, file)  # given a path, it would write the file's name too
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
+def _safetensors(content: Mapping[str, Any]) -> bytes:
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ModuleNotFoundError:
         raise UsageError(
-            f"writing {path.suffix} needs safetensors: pip install safetensors"
+            "writing .safetensors needs safetensors: pip install safetensors"
         ) from None
     meta = {str(k): json.dumps(v) for k, v in content.get("meta", {}).items()}
     state = {k: v.detach().clone().contiguous() for k, v in content["state_dict"].items()}
-    save_file(state, str(path), {"format": "pt", **meta})
+    written = save(state, {"format": "pt", **meta})
+    return _sort_header(written)
+
+
+def _sort_header(written: bytes) -> bytes:
+    """Put the metadata, which safetensors writes in a random order, in the order of its keys.
+
+    A file is the header's length (8 bytes, little endian), the header (JSON, padded by spaces to a
+    multiple of 8), and the values: https://github.com/huggingface/safetensors#format
+    """
+    end = 8 + int.from_bytes(written[:8], "little")
+    header = json.loads(written[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + written[end:]

@@ -1,0 +1,109 @@
+"""The images of a config's training set as the network sees images in tests.
+
+Training images, since those of validation and test must not leak into a model; through the *test*
+pipeline, since running statistics are used in tests: whole images at test scale, without random
+crops and colours, the same ones each time. Where the config tests on sliding windows, each window
+is an image. Labels are not read.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from mmcv.transforms import Compose
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DefaultScope
+from torch.utils.data import DataLoader, Dataset
+
+from mmbcn.datasets.doctor.part import open_parts
+from mmbcn.engine.data_check import check_files, check_folders
+from mmbcn.errors import UsageError
+
+Batch = dict[str, list[Any]]
+
+
+class TrainImages:
+    """Batches of training images of a config, for calibration.
+
+    Args:
+        cfg: a whole config.
+        num_images: as many, evenly spread over the set; None: all.
+        batch_size: images in a batch, less where their shapes differ.
+
+    Raises:
+        UsageError: the config names no images or no test pipeline, or files are missing.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any], num_images: int | None, batch_size: int) -> None:
+        for name, number in (("num-images", num_images), ("batch-size", batch_size)):
+            if number is not None and number < 1:
+                raise UsageError(f"--{name} must be 1 or more, got {number}")
+        check_folders(cfg, ("train",))
+        parts = open_parts(cfg, ("train",))
+        for part in parts:
+            check_files(part.dataset, "train")
+        samples = [sample for part in parts for sample in part.samples]
+        self.num_images = min(num_images or len(samples), len(samples))
+        chosen = [samples[i * len(samples) // self.num_images] for i in range(self.num_images)]
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
+            images = _Images(chosen, Compose(_test_pipeline(cfg)))
+        workers = (cfg.get("train_dataloader") or {}).get("num_workers", 0)
+        self._loader = DataLoader(
+            images, batch_size, num_workers=workers, collate_fn=pseudo_collate
+        )
+        test_cfg = (cfg["model"].get("test_cfg")) or {}
+        self._window = None
+        if test_cfg.get("mode") == "slide":
+            self._window = tuple(test_cfg["crop_size"]), tuple(test_cfg["stride"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of images of one shape, as a mm data preprocessor takes them."""
+        for loaded in self._loader:
+            pairs = zip(loaded["inputs"], loaded["data_samples"], strict=True)
+            for _, group in groupby(pairs, lambda pair: pair[0].shape):
+                inputs, samples = map(list, zip(*group, strict=True))
+                for y, x in self._windows(*inputs[0].shape[-2:]):
+                    yield dict(inputs=[i[..., y, x] for i in inputs], data_samples=samples)
+
+    def _windows(self, height: int, width: int) -> Iterator[tuple[slice, slice]]:
+        """The windows of mmseg's ``slide_inference``, or the whole image."""
+        if self._window is None:
+            yield slice(None), slice(None)
+            return
+        crop, stride = self._window
+        sizes = (height, width)
+        starts = [
+            [
+                max(min(i * step + size, total) - size, 0)
+                for i in range(math.ceil(max(total - size, 0) / step) + 1)
+            ]
+            for size, step, total in zip(crop, stride, sizes, strict=True)
+        ]
+        for y in starts[0]:
+            for x in starts[1]:
+                yield slice(y, y + crop[0]), slice(x, x + crop[1])
+
+
+class _Images(Dataset):
+    def __init__(self, samples: list[dict[str, Any]], pipeline: Compose) -> None:
+        self.samples, self.pipeline = samples, pipeline
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.pipeline(copy.deepcopy(self.samples[index]))
+
+
+def _test_pipeline(cfg: Mapping[str, Any]) -> list[Any]:
+    """The transforms of the test set without those that load labels."""
+    for split in ("test", "val"):
+        dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}
+        while not dataset.get("pipeline") and ("dataset" in dataset or "datasets" in dataset):
+            inner = dataset.get("dataset", dataset.get("datasets"))
+            dataset = inner[0] if isinstance(inner, (list, tuple)) else inner
+        if dataset.get("pipeline"):
+            return [step for step in dataset["pipeline"] if "Annotation" not in str(step["type"])]
+    raise UsageError("the config has no pipeline in test_dataloader or val_dataloader")

@@ -1,0 +1,61 @@
+"""What the tools that recalibrate share: their arguments, the progress bar, the table."""
+
+import argparse
+from typing import Any
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mmbcn.analysis.recalibrate import recalibrate
+
+
+def add_calibration_args(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of recalibration."""
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        default=200,
+        metavar="N",
+        help="training images, evenly spread over the set (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        metavar="B",
+        help="images at a time (%(default)s); the result does not depend on it",
+    )
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="all layers at once, each normalizing with what it has seen so far: faster by half "
+        "the number of norm layers, but approximate, and it depends on the batch size",
+    )
+
+
+def run_calibration(
+    args: argparse.Namespace, cfg: Config, checkpoint: dict[str, Any], source: str
+) -> dict[str, Any]:
+    """The recalibrated checkpoint; prints what changed."""
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total} batches"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        checkpoint, done = recalibrate(
+            cfg,
+            checkpoint,
+            source,
+            args.num_images,
+            args.batch_size,
+            args.one_pass,
+            lambda finished, total: bar.update(task, completed=finished, total=total),
+        )
+    print(done.text())
+    print(f"calibrated on {checkpoint['meta']['calibrated']}")
+    return checkpoint
