@@ -17,7 +17,8 @@ def add_calibration_args(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="training images, evenly spread over the set (%(default)s)",
+        help="training images, evenly spread over the set; all where it has fewer (%(default)s). "
+        "Without --one-pass they are kept in memory",
     )
     parser.add_argument(
         "--batch-size",

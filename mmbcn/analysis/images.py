@@ -32,6 +32,10 @@ class TrainImages:
         num_images: as many, evenly spread over the set; None: all.
         batch_size: images in a batch, less where their shapes differ.
 
+    Attributes:
+        total: images in the set.
+        num_images: those of them that are used.
+
     Raises:
         UsageError: the config names no images or no test pipeline, or files are missing.
     """
@@ -45,8 +49,9 @@ class TrainImages:
         for part in parts:
             check_files(part.dataset, "train")
         samples = [sample for part in parts for sample in part.samples]
-        self.num_images = min(num_images or len(samples), len(samples))
-        chosen = [samples[i * len(samples) // self.num_images] for i in range(self.num_images)]
+        self.total = len(samples)
+        self.num_images = min(num_images or self.total, self.total)
+        chosen = [samples[i * self.total // self.num_images] for i in range(self.num_images)]
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
             images = _Images(chosen, Compose(_test_pipeline(cfg)))
         workers = (cfg.get("train_dataloader") or {}).get("num_workers", 0)

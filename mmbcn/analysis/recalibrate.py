@@ -52,8 +52,11 @@ def recalibrate(
     done = calibrate(model, images if one_pass else list(images), run_heads, one_pass, progress)
     others = checkpoint if "state_dict" in checkpoint else {}
     meta = dict(others.get("meta") or dict(cfg=text))
-    meta["calibrated"] = f"{images.num_images} training images" + ", one pass" * one_pass
-    state = {k: v.cpu() for k, v in model.state_dict().items() if k in state}
+    meta["calibrated"] = f"{images.num_images} of {images.total} training images"
+    if one_pass:
+        meta["calibrated"] += ", in one pass"
+    calibrated = model.state_dict()
+    state = {k: calibrated[k].to(v) for k, v in state.items()}
     return {**others, "meta": meta, "state_dict": state}, done
 
 

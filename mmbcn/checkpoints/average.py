@@ -24,8 +24,8 @@ def average_checkpoints(
 ) -> dict[str, Any]:
     """The mean of the weights of several checkpoints, with the last one's meta.
 
-    Sums are in float64; what is no floating point (counters) is the last one's. Only one of the
-    checkpoints is held at a time.
+    Sums are in float64; what is no floating point (counters) is the last one's. No more than two
+    of the checkpoints are held at a time.
 
     Args:
         checkpoints: names and contents of the files; at least one with ``ema``, else two.

@@ -171,7 +171,9 @@ def differences(first: State, second: State) -> tuple[list[Difference], list[str
             dtypes = " and ".join(str(v.dtype).removeprefix("torch.") for v in (value, second[key]))
             others.append(f"{key}: {dtypes}")
         a, b = value.double(), second[key].double()
-        if not torch.equal(a, b):
+        if not torch.equal(a.nan_to_num(0), b.nan_to_num(0)) or not torch.equal(
+            a.isnan(), b.isnan()
+        ):
             largest = float((a - b).abs().max())
             relative = float((a - b).norm() / a.norm()) if a.norm() else float("inf")
             changed.append(Difference(key, largest, relative))

@@ -8,11 +8,16 @@ Example:
         --config configs/deeplabv3/deeplabv3_r101-os16_syncbcn_ws_50e_voc12aug-513x513.py
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+sys.path.pop(0)  # else inspect.py, beside this file, hides Python's own
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
 from typing import Any
 
+from _common import add_config_args, add_load_args, read_config, run
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
@@ -22,9 +27,6 @@ from mmbcn.checkpoints.fit import fit_checkpoint
 from mmbcn.checkpoints.read import read_checkpoint
 from mmbcn.checkpoints.write import write_checkpoint
 from mmbcn.errors import UsageError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _common import add_config_args, add_load_args, read_config, run
 
 
 def parse_args() -> argparse.Namespace:

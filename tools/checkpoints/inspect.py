@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import difflib
+import math
 import re
 from typing import Any
 
@@ -98,7 +99,7 @@ def show_differences(states: list[State]) -> None:
     """One row for each tensor that differs, and a list of what only one has."""
     changed, others = differences(*states)
     table = new_table(["entry", "largest difference", "relative difference"])
-    for d in sorted(changed, key=lambda d: -d.relative):
+    for d in sorted(changed, key=lambda d: (not math.isnan(d.relative), -d.relative)):
         table.add_row([d.key, f"{d.largest:.4g}", f"{d.relative:.4g}"])
     if changed:
         print(table)
@@ -119,7 +120,7 @@ def show_configs(checkpoints: list[dict[str, Any]]) -> None:
 def new_table(names: list[str]) -> PrettyTable:
     """A table aligned to the left, whose wide columns are wrapped."""
     table = PrettyTable(names, align="l")
-    table.max_width = MAX_WIDTH
+    table.max_width = MAX_WIDTH if len(names) < 3 else MAX_WIDTH // 2
     return table
 
 
