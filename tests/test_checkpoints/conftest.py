@@ -1,4 +1,7 @@
 import functools
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from published import (
 )
 
 pytest.importorskip("mmseg")
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
@@ -47,3 +51,23 @@ def save(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a tool of tools/checkpoints with arguments; returns its exit code and what it printed."""
+
+    def call(name, *args):
+        path = ROOT / "tools/checkpoints" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        out = capsys.readouterr()
+        text = out.out + out.err
+        return (1, text + code) if isinstance(code, str) else (int(code or 0), text)
+
+    return call
