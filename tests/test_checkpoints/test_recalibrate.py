@@ -91,7 +91,7 @@ def checkpoint(cfg):
     }
 
 
-def pixels(folder, indices=range(len(SIZES))):
+def pixels(folder, indices=(0, 1, 2, 3, 4)):
     """The training images as the network gets them, one by one, by this file's own arithmetic."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     for i in indices:
@@ -114,7 +114,7 @@ def test_first_layer_is_the_closed_form_over_images_of_unequal_sizes(folder, nor
         conv2d(x.double(), state["backbone.conv1.weight"].double(), stride=2, padding=3)
         for x in pixels(folder)
     ]
-    values = torch.cat([o.transpose(0, 1).reshape(8, -1) for o in outputs], 1)
+    values = torch.cat([o.transpose(0, 1).reshape(64, -1) for o in outputs], 1)
     stage = "backbone.bn1" if norm == "bn" else "backbone.bn1.bn"
     var = values.var(1, correction=0 if norm == "microbcn" else 1)
     torch.testing.assert_close(
@@ -122,7 +122,7 @@ def test_first_layer_is_the_closed_form_over_images_of_unequal_sizes(folder, nor
     )
     torch.testing.assert_close(state[f"{stage}.running_var"].double(), var, rtol=1e-5, atol=1e-6)
     assert done.changes[0].values == values.shape[1]
-    assert len(done.changes) == 22  # 20 in the backbone, and both heads
+    assert len(done.changes) == 25  # 21 in the backbone, 2 in each head
     assert not done.unreached
     # All else as it was, bit for bit
     for key, value in before["state_dict"].items():
@@ -152,7 +152,7 @@ def test_whole_network_equals_one_huge_batch(folder, norm):
     given = checkpoint(cfg)
     result, _ = recalibrate(cfg, given, "it", batch_size=2)
     compared = [k for k in expected if k.rpartition(".")[2] in ("running_mean", "running_var")]
-    assert len(compared) == 44
+    assert len(compared) == 50
     for key in compared:
         torch.testing.assert_close(
             result["state_dict"][key], expected[key], rtol=1e-4, atol=1e-4, msg=key
@@ -222,7 +222,7 @@ def test_mistakes_say_what_to_do(folder):
         recalibrate(config(folder, "bcn"), given, "it")
     with pytest.raises(UsageError, match="nothing to calibrate"):
         recalibrate(config(folder, "gn"), checkpoint(config(folder, "gn")), "it")
-    del cfg.test_dataloader
+    cfg.pop("test_dataloader")
     with pytest.raises(UsageError, match="no pipeline in test_dataloader or val_dataloader"):
         recalibrate(cfg, given, "it")
 
