@@ -175,7 +175,7 @@ def differences(first: State, second: State) -> tuple[list[Difference], list[str
             a.isnan(), b.isnan()
         ):
             largest = float((a - b).abs().max())
-            relative = float((a - b).norm() / a.norm()) if a.norm() else float("inf")
+            relative = float((a - b).norm() / a.norm())
             changed.append(Difference(key, largest, relative))
     others += [f"{key}: only in the second" for key in second if key not in first]
     return changed, others

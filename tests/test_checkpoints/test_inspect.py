@@ -57,6 +57,12 @@ def test_norms_that_a_mm_conv_module_calls_bn():
     assert norm_kinds(model.state_dict()) == {"BatchNorm": 1, "batch-channel norm, 2 groups": 1}
 
 
+def test_a_convolution_that_holds_its_batch_norm():
+    conv = nn.Conv2d(2, 4, 3)
+    conv.bn = nn.BatchNorm2d(4)
+    assert norm_kinds(nn.ModuleDict({"conv": conv}).state_dict()) == {"BatchNorm": 1}
+
+
 def test_types_in_the_config():
     assert config_layers(CFG) == "SyncBN and mmbcn.BCN, convolutions WSConv2d"
     assert config_layers("model = (") == "unknown"
