@@ -176,7 +176,7 @@ def _compare(model: nn.Module, state: State, report: LoadReport) -> State:
     report.matched = list(fitting)
     report.missing = [k for k in ours if k not in state and not k.endswith(_COUNTER)]
     parts = dict(model.named_children())
-    if "backbone" in parts and not report.unexpected:
+    if "backbone" in parts and all(k.startswith("backbone.") for k in report.unexpected):
         started = {k.partition(".")[0] for k in state} | {"backbone"}
         with_weights = {k.partition(".")[0] for k in ours} - started
         report.absent = [k for k in parts if k in with_weights]

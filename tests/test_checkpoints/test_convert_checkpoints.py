@@ -108,6 +108,20 @@ def test_testing_and_converting(run, config, published, save, tmp_path):
         torch.testing.assert_close(evaluating(model)._forward(x), expected, rtol=0, atol=1e-4)
 
 
+def test_classes_of_the_scope(monkeypatch):
+    """Of a dataset under its plain name, as in mm configs; mmsegmentation's own list."""
+    from mmseg.datasets import PascalVOCDataset
+
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    find = runpy.run_path(str(ROOT / f"tools/{CONVERT}.py"))["dataset_meta"]
+    init_default_scope("mmseg")
+    data = dict(type="PascalVOCDataset", metainfo=dict(palette=[]))
+    for dataset in (data, dict(type="RepeatDataset", dataset=data)):
+        meta = find(Config(dict(test_dataloader=dict(dataset=dataset))))
+        assert meta == dict(classes=PascalVOCDataset.METAINFO["classes"], palette=[])
+    assert find(Config({})) == {}
+
+
 def test_refusals_and_their_flags(run, config, published, save, tmp_path):
     state = dict(published("deeplab_50").state_dict())
     del state["layer1.0.bn1.pbn.weight"]

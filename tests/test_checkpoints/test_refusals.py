@@ -133,6 +133,12 @@ def test_other_stem(kind, backbone, hint, published, save):
         initialized(backbone_cfg("bn", kind=backbone, init_cfg=pretrained(path)))
 
 
+def test_heads_that_are_absent_are_not_blamed(published, save, tmp_path):
+    path = save(published("bn_deep_18").state_dict())
+    with pytest.raises(UsageError, match=r": 2 norm layers not matched \(backbone\.conv1\.1, ba"):
+        load_from(model_cfg("bn"), path, tmp_path)
+
+
 def test_group_stage_is_never_dropped(published, save, tmp_path):
     path = save(published("bcn_18").state_dict())
     with pytest.raises(UsageError, match=r"of another norm than the config: .*or the same --norm"):

@@ -72,8 +72,11 @@ def dataset_meta(cfg: Config) -> dict[str, Any]:
     dataset = (cfg.get("test_dataloader") or {}).get("dataset") or {}
     while "dataset" in dataset:
         dataset = dataset["dataset"]
-    cls = DATASETS.get(dataset["type"]) if "type" in dataset else None
-    return dict(getattr(cls, "METAINFO", {}))
+    if "type" not in dataset:
+        return {}
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        known = getattr(registry.get(dataset["type"]), "METAINFO", {})
+    return {**known, **dataset.get("metainfo", {})}
 
 
 if __name__ == "__main__":
