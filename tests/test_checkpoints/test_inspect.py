@@ -159,7 +159,7 @@ def test_mistakes_say_what_to_do(tool, save, tmp_path):
     for args, message in (
         ((path, "--filter", "("), "--filter '(' is no regular expression"),
         ((path, "--filter", "x"), "no entry matches --filter 'x'"),
-        ((tmp_path / "none.pth",), "none.pth does not exist"),
+        ((tmp_path / "none.pth",), "there is no checkpoint"),
         ((save({"a": 1}, "empty.pth"),), "empty.pth"),
     ):
         code, out = tool("inspect", *args)
