@@ -1,14 +1,62 @@
-"""Writes checkpoint files, whole or not at all; the same content gives the same bytes."""
+"""Writes files whole or not at all, whenever process, disk or machine stop.
+
+Of a checkpoint, the same content gives the same bytes.
+"""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmbcn.errors import UsageError
+
+PART = ".part"  # appended to the name of a file that is being written
+
+
+@contextmanager
+def whole_file(path: Path, what: str) -> Iterator[Path]:
+    """Give a temporary path to write to, and move it to ``path`` once its content is on the disk.
+
+    Args:
+        path: where the file belongs; what is there is replaced in one step.
+        what: of which kind the file is, for the message.
+
+    Raises:
+        UsageError: the system could not write (disk full, no permission, ...); ``path`` is as it
+            was before.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise UsageError(
+            f"could not write the {what} {path}: {error.strerror or error}. Files written before "
+            "are untouched. Make room or repair access, then repeat the command (train.py: with "
+            "--resume)"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last, where the system can open folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
@@ -21,22 +69,18 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
             ``torch.save``.
 
     Raises:
-        UsageError: the path is a folder, or safetensors is not installed.
+        UsageError: the path is a folder, the system could not write, or safetensors is not
+            installed.
     """
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give the file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        with part.open("wb") as file:
-            if path.suffix == ".safetensors":
-                file.write(_safetensors(content))
-            else:
-                torch.save(content, file)  # given a path, it would write the file's name too
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path, "checkpoint") as part, part.open("wb") as file:
+        if path.suffix == ".safetensors":
+            file.write(_safetensors(content))
+        else:
+            torch.save(content, file)  # given a path, it would write the file's name too
 
 
 def _safetensors(content: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import mmbcn
 from mmbcn.checkpoints.loader import load_options
 from mmbcn.checkpoints.read import check_file
+from mmbcn.checkpoints.write import whole_file
 from mmbcn.engine.config_check import (
     check_keys,
     check_norm_cfgs,
@@ -34,7 +35,7 @@ from mmbcn.engine.hooks import (
 )
 from mmbcn.engine.mistakes import explained
 from mmbcn.engine.random_state import NumberedSampler, ShelteredWorker
-from mmbcn.engine.saving import check_resumable, find_checkpoint, whole_file
+from mmbcn.engine.saving import check_resumable, find_checkpoint
 from mmbcn.norms import set_norm
 from mmbcn.registry import RUNNERS
 

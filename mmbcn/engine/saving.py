@@ -1,54 +1,11 @@
-"""Files that are whole or not there, whenever process, disk or machine stop; and finding them."""
+"""Finds the checkpoint that a run goes on from."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from logging import Logger
 from pathlib import Path
 
 from mmbcn.checkpoints.loader import load_from_disk
+from mmbcn.checkpoints.write import PART
 from mmbcn.errors import UsageError
-
-PART = ".part"  # appended to the name of a file that is being written
-
-
-@contextmanager
-def whole_file(path: Path, what: str) -> Iterator[Path]:
-    """Give a temporary path to write to, and move it to ``path`` once its content is on the disk.
-
-    Args:
-        path: where the file belongs; what is there is replaced in one step.
-        what: of which kind the file is, for the message.
-
-    Raises:
-        UsageError: the system could not write (disk full, no permission, ...); ``path`` is as it
-            was before.
-    """
-    part = path.with_name(path.name + PART)
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise UsageError(
-            f"could not write the {what} {path}: {error.strerror or error}. Files written before "
-            "are untouched. Make room or repair access, then go on with --resume"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last, where the system can open folders."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_resumable(path: str | Path) -> None:

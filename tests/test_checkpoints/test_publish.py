@@ -114,7 +114,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UsageError, match="disk full"):
         publish(checkpoint(), "it", tmp_path / "bcn.pth")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()

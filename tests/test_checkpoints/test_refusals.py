@@ -172,7 +172,9 @@ def test_no_weights(content, save, tmp_path):
 
 def test_resume_needs_more_than_weights(published, save, tmp_path):
     path = save(published("bn_18").state_dict())
-    with pytest.raises(UsageError, match=r"a run cannot be resumed from .*: it has no meta, .*optimizer"):
+    with pytest.raises(
+        UsageError, match=r"a run cannot be resumed from .*: it has no meta, .*optimizer"
+    ):
         load_from(model_cfg("bn"), path, tmp_path, resume=True)
 
 

@@ -47,6 +47,7 @@ def test_worker_processes_change_nothing(tmp_path, whole):
     assert_identical(saved(tmp_path, 8), whole)
 
 
+@pytest.mark.slow
 def test_seed_of_the_interrupted_run_is_taken(tmp_path):
     """Without a seed in the config, each process draws one: that of the first run counts."""
     options = {"randomness.seed": None}

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("mmseg")
 
-from mmbcn.engine.saving import check_resumable, find_checkpoint, whole_file
+from mmbcn.checkpoints.write import whole_file
+from mmbcn.engine.saving import check_resumable, find_checkpoint
 from mmbcn.errors import UsageError
 
 LOGGER = logging.getLogger("saving")

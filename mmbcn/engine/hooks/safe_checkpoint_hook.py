@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 
-from mmbcn.engine.saving import whole_file
+from mmbcn.checkpoints.write import whole_file
 from mmbcn.registry import HOOKS
 
 
