@@ -13,6 +13,7 @@ from torch import nn
 from mmbcn import BCN
 from mmbcn.checkpoints.publish import publish
 from mmbcn.checkpoints.read import read_checkpoint
+from mmbcn.errors import UsageError
 
 
 def checkpoint():
