@@ -1,8 +1,9 @@
 """Memory for outputs on CPUs, which is often the larger part of a normalization's time.
 
-glibc maps allocations above 32 MiB anew on every call, and the kernel then zeroes them page by page
-at the first touch: four times what writing the values costs. In huge pages (2 MiB) most of that
-goes. They are asked for as programs on Linux may (``madvise``), where the system allows it.
+glibc maps allocations above 32 MiB anew on every call, and smaller ones whenever its heap has been
+trimmed; the kernel then zeroes them page by page at the first touch: four times what writing the
+values costs. In huge pages (2 MiB) most of that goes. They are asked for as programs on Linux may
+(``madvise``), where the system allows it.
 """
 
 import ctypes
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALWAYS_MAPPED = 32 << 20  # bytes; smaller blocks are reused by malloc, which touches them once
+_LARGE = 4 << 20  # bytes: two huge pages, of which one at least is whole
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """``torch.empty_like``, in huge pages where memory of that size is mapped anew."""
+    """``torch.empty_like``, large ones in huge pages."""
     y = torch.empty_like(x)
-    if y.is_cpu and y.nbytes >= _ALWAYS_MAPPED and (madvise := _madvise()):
+    if y.is_cpu and y.nbytes >= _LARGE and (madvise := _madvise()):
         first = -(-y.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         madvise(first, y.data_ptr() + y.nbytes - first, mmap.MADV_HUGEPAGE)  # refusal: as before
     return y

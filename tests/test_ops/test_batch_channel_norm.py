@@ -388,7 +388,7 @@ def test_backward_keeps_the_input_only(shape, cls, layout):
 
 def test_large_outputs(monkeypatch):
     """Memory in huge pages is written to like any other; no page of a neighbour is touched."""
-    monkeypatch.setattr("mmbcn.ops.memory._ALWAYS_MAPPED", 1 << 12)
+    monkeypatch.setattr("mmbcn.ops.memory._LARGE", 1 << 12)
     asked = []
     monkeypatch.setattr("mmbcn.ops.memory._madvise", lambda: lambda *a: asked.append(a))
     x = values((2, 8, 96, 176))
