@@ -144,10 +144,14 @@ def test_refusals_and_their_flags(run, config, published, save, tmp_path):
 
 
 def test_convert_to_safetensors(run, config, published, save, tmp_path):
+    """The same tensors as in a .pth file, and what the file was made from."""
     pytest.importorskip("safetensors")
-    path, target = save(published("deeplab_50").state_dict()), tmp_path / "ours.safetensors"
-    run(CONVERT, path, target, "--config", config)
-    found = read_checkpoint(target)
+    path = save(published("deeplab_50").state_dict())
+    files = [tmp_path / "ours.pth", tmp_path / "ours.safetensors"]
+    for target in files:
+        run(CONVERT, path, target, "--config", config)
+    pth, found = (read_checkpoint(target) for target in files)
     assert found["meta"]["converted_from"] == "checkpoint.pth"
-    key = "backbone.layer4.2.conv3.weight"
-    assert torch.equal(found["state_dict"][key], published("deeplab_50").state_dict()[key[9:]])
+    assert found["state_dict"].keys() == pth["state_dict"].keys()
+    for key, value in pth["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][key], value, rtol=0, atol=0)
