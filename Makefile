@@ -32,11 +32,14 @@ demo: setup
 	@echo "  $(BIN)/python tools/train.py configs/deeplabv3/$(DEMO).py --norm microbcn_ws \\"
 	@echo "    --cfg-options train_dataloader.batch_size=1 --work-dir work_dirs/microbcn_ws"
 
+# a process per core, each on one thread: several threads in each would wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup-dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: setup-dev
 	$(BIN)/ruff check .

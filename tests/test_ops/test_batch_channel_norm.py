@@ -127,7 +127,7 @@ def test_row_moments_of_rows_that_are_nearly_constant(wide, layout):
         x[1, 3] += 1e4
     mean, var = row_moments(x)
     exact = torch.var_mean(x.double(), (2, 3), correction=0)
-    torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(var.double(), exact[0], rtol=1e-4, atol=0)
 
 
