@@ -15,10 +15,8 @@ def add_calibration_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-images",
         type=int,
-        default=200,
         metavar="N",
-        help="training images, evenly spread over the set; all where it has fewer (%(default)s). "
-        "Without --one-pass they are kept in memory",
+        help="as many training images, evenly spread over the set (default: all of them)",
     )
     parser.add_argument(
         "--batch-size",

@@ -137,12 +137,14 @@ class _Run:
 
     def all(self) -> None:
         """Run on all batches; a pass may end early by `_Measured`."""
+        before = self.done
         for batch in islice(self.batches, self.length):  # an infinite sampler's loader ends too
             with suppress(_Measured):
                 self.forward(self.model, batch)
             self.done += 1
             if self.progress:
                 self.progress(self.done, self.length and self.length * self.passes)
+        self.length = self.done - before  # known by now
 
 
 def _measure_together(layers: dict[str, nn.Module], run: _Run) -> dict[str, ChannelMoments]:

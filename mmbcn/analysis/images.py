@@ -8,7 +8,7 @@ is an image. Labels are not read.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -89,6 +89,35 @@ class TrainImages:
         for y in starts[0]:
             for x in starts[1]:
                 yield slice(y, y + crop[0]), slice(x, x + crop[1])
+
+
+class KeptBatches:
+    """Batches that are loaded once and then stay in memory, as long as they fit into it.
+
+    Args:
+        batches: the same each time they are iterated.
+        limit: bytes of image tensors; of more, all are loaded anew each time.
+    """
+
+    def __init__(self, batches: Iterable[Batch], limit: int = 4 << 30) -> None:
+        self.batches, self.limit = batches, limit
+        self._kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches; kept at the end of the first time that reaches it."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        for batch in self.batches:
+            size += sum(image.nbytes for image in batch["inputs"])
+            if size <= self.limit:
+                kept.append(batch)
+            else:
+                kept.clear()
+            yield batch
+        if size <= self.limit:
+            self._kept = kept
 
 
 class _Images(Dataset):

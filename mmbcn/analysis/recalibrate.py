@@ -11,7 +11,7 @@ from torch import nn
 
 from mmbcn.analysis.calibration import Progress, calibrate
 from mmbcn.analysis.changes import Calibration
-from mmbcn.analysis.images import Batch, TrainImages
+from mmbcn.analysis.images import Batch, KeptBatches, TrainImages
 from mmbcn.checkpoints.fit import fit_checkpoint
 
 
@@ -19,7 +19,7 @@ def recalibrate(
     cfg: Config,
     checkpoint: Mapping[str, Any],
     source: str,
-    num_images: int | None = 200,
+    num_images: int | None = None,
     batch_size: int = 4,
     one_pass: bool = False,
     progress: Progress | None = None,
@@ -32,7 +32,7 @@ def recalibrate(
         source: its name, for messages.
         num_images: as many, evenly spread over the set; None: all.
         batch_size: images at a time; with ``one_pass`` False the result does not depend on it.
-        one_pass: all layers at once; see `calibrate`. Else the images stay in memory, as bytes.
+        one_pass: all layers at once; see `calibrate`.
         progress: see `calibrate`.
 
     Returns:
@@ -49,7 +49,9 @@ def recalibrate(
     state, _ = fit_checkpoint(model, checkpoint, source, config=text, exact=True, optional=optional)
     model.load_state_dict(state, strict=False)
     model.to(get_device())
-    done = calibrate(model, images if one_pass else list(images), run_heads, one_pass, progress)
+    done = calibrate(
+        model, images if one_pass else KeptBatches(images), run_heads, one_pass, progress
+    )
     others = checkpoint if "state_dict" in checkpoint else {}
     meta = dict(others.get("meta") or dict(cfg=text))
     meta["calibrated"] = f"{images.num_images} of {images.total} training images"

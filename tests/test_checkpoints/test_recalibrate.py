@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import conv2d
 
 from mmbcn import set_norm
-from mmbcn.analysis.images import TrainImages
+from mmbcn.analysis.images import KeptBatches, TrainImages
 from mmbcn.analysis.recalibrate import recalibrate
 from mmbcn.errors import UsageError
 
@@ -173,6 +173,22 @@ def test_chosen_images_are_spread_over_the_training_set(folder):
     assert [tuple(b["inputs"][0].shape[1:]) for b in whole] == [*SIZES[1:]]
     assert [len(b["inputs"]) for b in whole] == [2, 1, 1, 1]
     assert all(i.dtype == torch.uint8 for b in whole for i in b["inputs"])
+
+
+@pytest.mark.parametrize(("limit", "loads"), [(72, 1), (71, 3)])
+def test_batches_stay_in_memory_up_to_a_limit(limit, loads):
+    started = []
+
+    class Loader:
+        def __iter__(self):
+            started.append(self)
+            for _ in range(3):
+                yield dict(inputs=[torch.zeros(3, 2, 2, dtype=torch.uint8)] * 2)
+
+    kept = KeptBatches(Loader(), limit)
+    next(iter(kept))  # an end before all were seen keeps nothing
+    assert [len(list(kept)) for _ in range(3)] == [3] * 3
+    assert len(started) == 1 + loads
 
 
 def test_windows_are_those_of_sliding_inference(folder):

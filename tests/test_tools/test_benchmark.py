@@ -31,4 +31,6 @@ def test_benchmark_writes_rows(tmp_path, tool, options, norms):
     assert norms <= {row["norm"] for row in rows}
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert all(float(r["ratio"]) == 1 for r in rows if r["norm"] in ("BatchNorm", "bn"))
-    assert "| --- |" in (tmp_path / "rows.md").read_text()
+    table = (tmp_path / "rows.md").read_text()
+    assert "| --- |" in table
+    assert f"`python tools/benchmark/{tool}.py --out" in table

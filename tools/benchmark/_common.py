@@ -3,7 +3,9 @@
 import csv
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +90,12 @@ def environment(device: str = "cpu") -> Row:
         triton=triton,
         commit=_commit(),
     )
+
+
+def command() -> str:
+    """The command line of this run."""
+    tool = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    return shlex.join(["python", str(tool), *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

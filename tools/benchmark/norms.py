@@ -19,7 +19,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _common import ROOT, Row, Timing, environment, markdown_table, time_interleaved, write_csv
+from _common import (
+    ROOT,
+    Row,
+    Timing,
+    command,
+    environment,
+    markdown_table,
+    time_interleaved,
+    write_csv,
+)
 from torch import Tensor, nn
 
 import mmbcn
@@ -285,7 +294,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.set_ylabel("time / time of nn.BatchNorm2d")
     first = chosen[0]
     axes.set_title(f"forward and backward, {first['dtype']}, {first['layout']}, {first['device']}")
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize="small")
     figure.savefig(path, dpi=110)
 
 
@@ -307,7 +316,7 @@ def main() -> None:
     facts = environment(args.device)
     where = ", ".join(f"{key} {value}" for key, value in facts.items() if value != "")
     text = HEADING.format(
-        command=command(args),
+        command=command(),
         where=where,
         memory=MEMORY[args.reuse_memory],
         summary=markdown_table(summary(rows)),
@@ -315,17 +324,6 @@ def main() -> None:
     args.out.with_suffix(".md").write_text(text + markdown_table(table(rows)) + "\n")
     draw(rows, args.out.with_suffix(".png"))
     print(markdown_table(table(rows)), markdown_table(summary(rows)), sep="\n\n")
-
-
-def command(args: argparse.Namespace) -> str:
-    """The command that measures the same again."""
-    text = f"python tools/benchmark/norms.py --dtypes {' '.join(args.dtypes)}"
-    return (
-        text
-        + f" --layouts {' '.join(args.layouts)}"
-        + " --compile" * args.compile
-        + " --reuse-memory" * args.reuse_memory
-    )
 
 
 if __name__ == "__main__":

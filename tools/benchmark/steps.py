@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _common import ROOT, Timing, environment, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Timing, command, environment, markdown_table, time_interleaved, write_csv
 from mmengine.config import Config
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -118,13 +118,8 @@ def main() -> None:
         del steps
     write_csv(args.out.with_suffix(".csv"), rows)
     facts = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
-    command = (
-        f"python tools/benchmark/steps.py --backbones {' '.join(args.backbones)} "
-        f"--norms {' '.join(names)} --batch {args.batch} --crop {args.crop[0]} {args.crop[1]}"
-        + (f" --amp {args.amp}" if args.amp else "")
-    )
     text = HEADING.format(
-        batch=args.batch, crop=args.crop, dtype=dtype, command=command, where=facts
+        batch=args.batch, crop=args.crop, dtype=dtype, command=command(), where=facts
     )
     args.out.with_suffix(".md").write_text(text + markdown_table(table) + "\n")
     print(markdown_table(table))

@@ -14,7 +14,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import ROOT, Row, Timing, environment, markdown_table, time_interleaved, write_csv
+from _common import (
+    ROOT,
+    Row,
+    Timing,
+    command,
+    environment,
+    markdown_table,
+    time_interleaved,
+    write_csv,
+)
 from mmcv.cnn import ConvWS2d
 from mmengine.config import Config
 from mmseg.registry import MODELS
@@ -41,7 +50,7 @@ convolution of ResNet-50 at output stride 8, with both stems. Batch {batch}, cro
 layer, forward and backward; *eval*: the layer without gradients, where `WSConv2d` keeps the
 standardized weights. Columns marked *same* have ConvWS's formula, the others `WSConv2d`'s default.
 Times in milliseconds are in the CSV beside this file. Made by
-`python tools/benchmark/weight_standardization.py`.
+`{command}`.
 
 {where}
 
@@ -156,7 +165,10 @@ def main() -> None:
     ]
     table = markdown_table([ratios(name, of_conv) for name, of_conv in timings.items()])
     facts = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
-    text = HEADING.format(batch=args.batch, height=args.size[0], width=args.size[1], where=facts)
+    height, width = args.size
+    text = HEADING.format(
+        batch=args.batch, height=height, width=width, command=command(), where=facts
+    )
     write_csv(args.out.with_suffix(".csv"), rows)
     args.out.with_suffix(".md").write_text(text + table + "\n")
     print(table)
