@@ -16,6 +16,7 @@ from mmbcn.engine.hooks import (
     PreemptionHook,
     RandomStateHook,
     SafeCheckpointHook,
+    SingularityHook,
     SyncBuffersHook,
 )
 from mmbcn.engine.runner import NormRunner
@@ -30,5 +31,6 @@ __all__ = [
     "PreemptionHook",
     "RandomStateHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]

@@ -7,6 +7,7 @@ from mmbcn.engine.hooks.panel_hook import PanelHook
 from mmbcn.engine.hooks.preemption_hook import PreemptionHook
 from mmbcn.engine.hooks.random_state_hook import RandomStateHook
 from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
+from mmbcn.engine.hooks.singularity_hook import SingularityHook
 from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "PreemptionHook",
     "RandomStateHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]
