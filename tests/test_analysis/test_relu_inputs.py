@@ -30,7 +30,7 @@ def watch(model, x=None, run=None):
     watched = ReluInputs(model, lambda name, layer, v: seen.append((name, v.clone())))
     x = torch.randn(2, 3, 9, 7) if x is None else x
     with watched:
-        (run or model)(x)
+        (model if run is None else run)(x)
     return seen, watched.followers
 
 
