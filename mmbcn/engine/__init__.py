@@ -15,6 +15,7 @@ from mmbcn.engine.hooks import (
     PanelHook,
     PreemptionHook,
     RandomStateHook,
+    RecordHook,
     SafeCheckpointHook,
     SyncBuffersHook,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "PanelHook",
     "PreemptionHook",
     "RandomStateHook",
+    "RecordHook",
     "SafeCheckpointHook",
     "SyncBuffersHook",
 ]
