@@ -17,6 +17,7 @@ from mmbcn.engine.hooks import (
     RandomStateHook,
     RecordHook,
     SafeCheckpointHook,
+    SingularityHook,
     SyncBuffersHook,
 )
 from mmbcn.engine.runner import NormRunner
@@ -32,5 +33,6 @@ __all__ = [
     "RandomStateHook",
     "RecordHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]

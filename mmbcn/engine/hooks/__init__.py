@@ -8,6 +8,7 @@ from mmbcn.engine.hooks.preemption_hook import PreemptionHook
 from mmbcn.engine.hooks.random_state_hook import RandomStateHook
 from mmbcn.engine.hooks.record_hook import RecordHook
 from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
+from mmbcn.engine.hooks.singularity_hook import SingularityHook
 from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "RandomStateHook",
     "RecordHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]
