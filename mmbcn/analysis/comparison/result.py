@@ -10,9 +10,12 @@ from typing import Any
 
 from mmbcn.analysis.comparison.plan import Run
 from mmbcn.analysis.comparison.scalars import read_scalars
+from mmbcn.analysis.singularity import MEASURES
 from mmbcn.checkpoints.write import whole_file
 
 Result = dict[str, Any]
+_CURVE = dict(iter="step", loss="loss", lr="lr")
+_SINGULARITY = "singularity"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 
 
@@ -45,24 +48,32 @@ def success(run: Run, work_dir: Path, test_dir: Path) -> Result:
 
 
 def _training(work_dir: Path) -> Result:
-    """The loss curve, times and memory of a training, as far as it came."""
-    points = read_scalars(work_dir)
-    columns = {k for p in points for k in p if k in ("loss", "lr")}
-    curve = dict(iter=[p["iter"] for p in points])
-    curve |= {key: [p.get(key) for p in points] for key in sorted(columns)}
-    curve.setdefault("loss", [])
+    """The curves, times and memory of a training, as far as it came."""
+    points = read_scalars(work_dir, "loss")
+    curve = {key: [p.get(name) for p in points] for key, name in _CURVE.items()}
+    result: Result = dict(curve=curve, singularity=_singularity(work_dir))
     warm = points[1:] or points  # the first point has the start of the loader in it
-    result: Result = dict(curve=curve)
     if warm:
-        steps = [p["time"] - p["data_time"] for p in warm]
-        result |= dict(
-            step_seconds=median(steps),
-            data_seconds=median(p["data_time"] for p in warm),
-        )
-    memory = [p["memory"] for p in points if "memory" in p]
-    if memory:
-        result["cuda_bytes"] = int(max(memory)) * 2**20
+        result["step_seconds"] = median(p["time"] - p["data_time"] for p in warm)
+        result["data_seconds"] = median(p["data_time"] for p in warm)
+        memory = [p["memory"] for p in points if "memory" in p]
+        result["cuda_bytes"] = max(memory) * 2**20 if memory else None
     return result
+
+
+def _singularity(work_dir: Path) -> dict[str, Any]:
+    """What `SingularityHook` logged: means over the layers, and the layers at the end."""
+    points = read_scalars(work_dir, f"{_SINGULARITY}/{MEASURES[0]}")
+    if not points:
+        return {}
+    layers: dict[str, dict[str, float]] = {}
+    for key, value in points[-1].items():
+        _, _, rest = key.partition(f"{_SINGULARITY}/")
+        name, _, measure = rest.rpartition("/")
+        if name:
+            layers.setdefault(name, {})[measure] = value
+    curve = {key: [p[f"{_SINGULARITY}/{key}"] for p in points] for key in MEASURES}
+    return dict(iter=[p["step"] for p in points], **curve, layers=layers)
 
 
 def write_result(result: Result, path: Path) -> None:

@@ -15,6 +15,7 @@ from mmbcn.errors import UsageError
 from mmbcn.norms import set_norm
 
 _POINTS = 100  # of the loss curve, at most
+_SINGULARITIES = 20  # points of their curves, at most
 _CHECKPOINTS = 10  # in the course of a run; the last one is kept
 _PLACES = ("data_root", "num_workers", "persistent_workers", "work_dir")  # may differ per machine
 
@@ -72,7 +73,9 @@ def _set_hooks(cfg: Config, iters: int) -> None:
         interval=max(1, iters // _CHECKPOINTS),
         max_keep_ckpts=1,
     )
-    cfg.default_hooks = dict(cfg.get("default_hooks", {}), logger=logger, checkpoint=checkpoint)
+    singularity = dict(type="mmbcn.SingularityHook", interval=max(1, iters // _SINGULARITIES))
+    own = dict(logger=logger, checkpoint=checkpoint, singularity=singularity)
+    cfg.default_hooks = dict(cfg.get("default_hooks", {}), **own)
     # a point of the curve is the mean since the point before
     cfg.log_processor = dict(type="LogProcessor", by_epoch=False, window_size=interval)
     cfg.vis_backends = [dict(type="LocalVisBackend")]
