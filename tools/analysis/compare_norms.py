@@ -9,6 +9,7 @@ Example:
 """
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -19,8 +20,10 @@ from _common import add_override_arg, read_config, run
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmbcn.analysis.comparison.execute import Executor, Place, prepare
+from mmbcn.analysis.comparison.execute import Executor
+from mmbcn.analysis.comparison.folder import Place, prepare
 from mmbcn.analysis.comparison.plan import EQUAL, LR_RULES, Rules, Run, make_plan, split_list
+from mmbcn.analysis.comparison.report import write_report
 from mmbcn.analysis.comparison.result import Result
 
 NORMS = "bn,gn,gn_ws,bcn,bcn_ws,microbcn,microbcn_ws"
@@ -75,7 +78,10 @@ def main() -> None:
     out = args.out or Path(f"work_dirs/{Path(args.config).stem}_norms")
     interrupted = [] if args.report_only else train(args, out)
     if interrupted:
-        raise SystemExit(f"{len(interrupted)} runs are unfinished: repeat the command to go on")
+        print(f"{len(interrupted)} runs are unfinished: repeat the command to go on")
+    print(f"wrote {write_report(out)}")
+    if interrupted:
+        raise SystemExit(1)
 
 
 def train(args: argparse.Namespace, out: Path) -> list[Run]:
@@ -84,8 +90,8 @@ def train(args: argparse.Namespace, out: Path) -> list[Run]:
     keys = ("norms", "batch_sizes", "seeds", "iters", "equal", "lr_rule", "lrs")
     rules = Rules(**{key: getattr(args, key) for key in keys})
     runs = make_plan(cfg, rules)
+    prepare(cfg, args.config, rules, runs, out, f"python {shlex.join(sys.argv)}")
     missing = [r for r in runs if not Place(out, r).is_finished(args.retry_failed)]
-    prepare(cfg, missing, out)
     bar = RunBar(runs, missing)
     executor = Executor(out, args.jobs, bar.update)
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C

@@ -1,19 +1,17 @@
 """Trains and tests the runs of a comparison, several at a time, going on where it was left."""
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from mmengine.config import Config
 from mmengine.device import get_device
 
+from mmbcn.analysis.comparison.folder import Place
 from mmbcn.analysis.comparison.plan import Run
 from mmbcn.analysis.comparison.process import Ended, run_tool
 from mmbcn.analysis.comparison.result import (
@@ -24,68 +22,11 @@ from mmbcn.analysis.comparison.result import (
     write_result,
 )
 from mmbcn.analysis.comparison.scalars import last_iteration
-from mmbcn.analysis.comparison.settings import run_config, write_config
 from mmbcn.analysis.environment import environment, mm_versions
 from mmbcn.datasets.parallel import num_cores
-from mmbcn.engine.data_check import check_folders
 from mmbcn.errors import UsageError
 
 Progress = Callable[[Run, str, int], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """The files of one run: ``runs/<name>`` in the comparison's folder; ``work`` is the heavy part.
-
-    Attributes:
-        out: the comparison's folder.
-        run: which run.
-    """
-
-    out: Path
-    run: Run
-
-    @property
-    def folder(self) -> Path:
-        """Of the run: its config, result and pictures."""
-        return self.out / "runs" / self.run.name
-
-    @property
-    def work(self) -> Path:
-        """Checkpoints and logs, which may be removed once there is a result."""
-        return self.folder / "work"
-
-    @property
-    def config(self) -> Path:
-        """The config that the run is trained and tested with."""
-        return self.folder / "config.py"
-
-    @property
-    def result(self) -> Path:
-        """What came of it; there once the run is finished."""
-        return self.folder / "result.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Of the end of the training."""
-        return self.work / f"iter_{self.run.iters}.pth"
-
-    def is_finished(self, retry_failed: bool) -> bool:
-        """Whether there is a result that is to stay."""
-        if not self.result.is_file():
-            return False
-        return not retry_failed or json.loads(self.result.read_text())["status"] == "done"
-
-
-def prepare(cfg: Config, runs: Sequence[Run], out: Path) -> None:
-    """Check that the data is there, and write the config of each run.
-
-    Raises:
-        UsageError: something is missing or does not fit, or the folder is of another comparison.
-    """
-    check_folders(cfg, ("train", "val"))
-    for run in runs:
-        write_config(run_config(cfg, run), Place(out, run).config)
 
 
 class Interrupted(Exception):
