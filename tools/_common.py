@@ -26,10 +26,15 @@ class _Overrides(DictAction):
 def add_config_args(
     parser: argparse.ArgumentParser, name: str = "config", required: bool = True
 ) -> None:
-    """Add the arguments that every tool has; ``name`` may be an option, ``--config``."""
+    """Add the arguments that most tools have; ``name`` may be an option, ``--config``."""
     needed = {"required": required} if name.startswith("-") else {}
     parser.add_argument(name, help="config file", **needed)
     parser.add_argument("--norm", help=f"switch the normalization: {', '.join(norm_names())}")
+    add_override_arg(parser)
+
+
+def add_override_arg(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that overrides settings of the config."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -81,7 +86,7 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError) as error:
         raise UsageError(f"--cfg-options does not fit the config: {error.args[0]}") from error
-    if args.norm:
+    if getattr(args, "norm", None):
         check_keys(cfg)
         set_norm(cfg.model, args.norm)
     return cfg
