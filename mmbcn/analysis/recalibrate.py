@@ -9,7 +9,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
 
-from mmbcn.analysis.calibration import Progress, calibrate
+from mmbcn.analysis.borrowed import Progress
+from mmbcn.analysis.calibration import calibrate
 from mmbcn.analysis.changes import Calibration
 from mmbcn.analysis.images import Batch, KeptBatches, TrainImages
 from mmbcn.checkpoints.fit import fit_checkpoint

@@ -15,7 +15,9 @@ from mmbcn.engine.hooks import (
     PanelHook,
     PreemptionHook,
     RandomStateHook,
+    RecordHook,
     SafeCheckpointHook,
+    SingularityHook,
     SyncBuffersHook,
 )
 from mmbcn.engine.runner import NormRunner
@@ -29,6 +31,8 @@ __all__ = [
     "PanelHook",
     "PreemptionHook",
     "RandomStateHook",
+    "RecordHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]
