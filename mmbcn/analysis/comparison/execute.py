@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from mmengine.device import get_device
@@ -46,7 +46,7 @@ class Executor:
         if jobs < 1:
             raise UsageError(f"--jobs must be 1 or more, got {jobs}")
         self.out, self.jobs, self.progress = out, jobs, progress
-        self.stop = Event()
+        self.stop, self.writing = Event(), Lock()
         cores = int(os.environ.get("OMP_NUM_THREADS", num_cores()))
         self.threads = max(1, cores // jobs)
         self.facts = {**environment(get_device()), **mm_versions(), "threads": self.threads}
@@ -88,7 +88,8 @@ class Executor:
         tested = self._tool(place, "test.py", args, test_dir, lock)
         if tested.code:
             return failure(run, tested.message, place.work)
-        keep_pictures(test_dir, place.folder, self.out / "images")
+        with self.writing:  # all runs write the same images
+            keep_pictures(test_dir, place.folder, self.out / "images")
         result = success(run, place.work, test_dir)
         return result | dict(process_bytes=peak, test_seconds=tested.seconds)
 

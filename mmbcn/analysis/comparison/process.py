@@ -74,7 +74,7 @@ def run_tool(
             start_new_session=True,
         )
         asked = None
-        while process.poll() is None:
+        while not _ends(process):
             peak = _peak_bytes(process.pid) or peak
             if stop.is_set() and asked is None:
                 process.terminate()
@@ -82,10 +82,18 @@ def run_tool(
             if asked is not None and time.monotonic() - asked > _PATIENCE:
                 process.kill()
             watch()
-            time.sleep(_POLL)
     seconds = time.monotonic() - start
     message = "" if process.returncode == 0 else last_words(log.read_text(errors="replace"))
     return Ended(process.returncode, seconds, peak, message)
+
+
+def _ends(process: subprocess.Popen[bytes]) -> bool:
+    """Wait a while for the process; whether it has ended."""
+    try:
+        process.wait(_POLL)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def tools_folder() -> Path:

@@ -119,7 +119,10 @@ def write_config(cfg: Config, path: Path) -> None:
         UsageError: it is of others; names them.
     """
     if path.is_file():
-        changed = differences(Config.fromfile(path), cfg)
+        old = Config.fromfile(path)
+        changed = differences(old, cfg)
+        if not changed and _plain(old) == _plain(cfg):
+            return  # formatting takes its time
         if changed:
             shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
             raise UsageError(
