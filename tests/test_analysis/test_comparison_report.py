@@ -99,7 +99,7 @@ def test_few_results_are_enough(tmp_path):
     assert "No run came to its end." in text
     assert f"1 run not ended: {runs[1].name}" in text
     Place(tmp_path, runs[0]).result.unlink()
-    with pytest.raises(UsageError, match="no run in .* has ended yet"):
+    with pytest.raises(UsageError, match=r"no run in .* has ended yet"):
         write_report(tmp_path)
 
 
