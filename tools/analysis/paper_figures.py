@@ -52,6 +52,7 @@ def main() -> None:
     """Cut the patches, train, write."""
     args = parse_args()
     cfg = read_config(args)
+    where = environment()  # of now: the source may change meanwhile
     with progress_bar("reading", "images") as update:
         data = cut_patches(cfg, "train", args.patches, args.size, update)
         test = cut_patches(cfg, "val", args.patches // 2, args.size, update)
@@ -72,7 +73,7 @@ def main() -> None:
     keys = ("seeds", "epochs", "patches", "size", "width", "lr")
     result = dict(
         command=f"python {shlex.join(sys.argv)}",
-        environment=environment(),
+        environment=where,
         config=str(args.config).removeprefix(f"{ROOT}/"),
         **{key: getattr(args, key) for key in keys},
         images=dict(train=len(data.labels), test=len(test.labels)),

@@ -11,7 +11,7 @@ from mmbcn.analysis.paper.network import (
     accuracy,
     build_network,
     perturb_statistics,
-    train_network,
+    train_epochs,
 )
 from mmbcn.analysis.paper.patches import Patches
 from mmbcn.analysis.singularity import mean_measures, measure_singularity
@@ -49,24 +49,17 @@ class Task:
         for sigma_sigma, sigma_mu, seed in itertools.product(SIGMA_SIGMAS, SIGMA_MUS, self.seeds):
             model = self._build("bn", seed)
             perturb_statistics(model, sigma_mu, sigma_sigma, seed)
-            self._train(model, seed, lambda _: self.tick())
+            for _ in self._epochs(model, seed):
+                pass
             planted = dict(planted_sigma_mu=sigma_mu, planted_sigma_sigma=sigma_sigma, seed=seed)
             yield dict(**planted, **self._measures(model))
 
     def trained(self) -> Iterator[Row]:
-        """A row for each norm, seed and epoch, before training (epoch 0) too."""
+        """A row for each norm, seed and epoch."""
         for norm, seed in itertools.product(NORMS, self.seeds):
             model = self._build(norm, seed)
-            rows = [dict(norm=norm, seed=seed, epoch=0, **self._measures(model))]
-
-            def add(epoch: int, model=model, rows=rows) -> None:
-                first = rows[0]
-                own = dict(norm=first["norm"], seed=first["seed"], epoch=epoch)
-                rows.append(dict(**own, **self._measures(model)))
-                self.tick()
-
-            self._train(model, seed, add)
-            yield from rows
+            for epoch in self._epochs(model, seed):
+                yield dict(norm=norm, seed=seed, epoch=epoch, **self._measures(model))
 
     def ticks(self) -> int:
         """How often `tick` is called in all."""
@@ -77,8 +70,10 @@ class Task:
         num_classes = int(self.train.labels.max()) + 1
         return build_network(num_classes, self.width, norm, seed)
 
-    def _train(self, model: nn.Module, seed: int, after_epoch: Callable[[int], None]) -> None:
-        train_network(model, self.train, self.epochs, self.lr, seed, after_epoch)
+    def _epochs(self, model: nn.Module, seed: int) -> Iterator[int]:
+        for epoch in train_epochs(model, self.train, self.epochs, self.lr, seed):
+            yield epoch
+            self.tick()
 
     def _measures(self, model: nn.Module) -> Row:
         """The accuracy and the mean of each measure over the layers, in eval mode, on `test`."""

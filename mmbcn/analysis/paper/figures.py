@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mmbcn.analysis.comparison.figures import color_of
 
@@ -51,6 +52,8 @@ def draw_trained(rows: Sequence[dict[str, Any]]) -> Figure:
         _line(axes[2], own, "epoch", "accuracy", **look)
     axes[0].set(xlabel="epoch", ylabel="mean KL(. || N(0, 1))", title="StatDiff (our measure)")
     axes[0].set_ylim(bottom=0)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set(xlabel=r"$\sigma_\mu$", ylabel=r"$\sigma_\sigma$", title="spreads; dot: the end")
     axes[1].set_xlim(left=0)
     axes[1].set_ylim(bottom=0)

@@ -1,7 +1,7 @@
 """A small plain CNN with any norm, or with statistics that are perturbed on purpose."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +52,12 @@ def perturb_statistics(model: nn.Module, sigma_mu: float, sigma_sigma: float, se
             layer.requires_grad_(False)
 
 
-def train_network(
-    model: nn.Module,
-    data: Patches,
-    epochs: int,
-    lr: float,
-    seed: int,
-    after_epoch: Callable[[int], None],
-) -> None:
+def train_epochs(
+    model: nn.Module, data: Patches, epochs: int, lr: float, seed: int
+) -> Iterator[int]:
     """Train by SGD with momentum, a learning rate that falls to zero as a cosine, and flips.
+
+    Yields the number of epochs done, after each.
 
     Args:
         model: trained in place.
@@ -68,7 +65,6 @@ def train_network(
         epochs: passes over the data.
         lr: the first learning rate.
         seed: of order and flips.
-        after_epoch: called with the number of epochs done.
     """
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -88,7 +84,7 @@ def train_network(
             loss.backward()
             optimizer.step()
             schedule.step()
-        after_epoch(epoch + 1)
+        yield epoch + 1
 
 
 @torch.no_grad()
