@@ -1,7 +1,6 @@
 """A page in a headless Chromium: what it shows, complains of and asks the network for."""
 
 import json
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ _QUIET = (
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # nothing leaves the machine
     "--hide-scrollbars",
     "--enable-logging=stderr",
 )
@@ -30,7 +30,7 @@ class Shown:
         dom: the document, as HTML.
         picture: file of a screenshot.
         complaints: lines of the console.
-        requests: addresses that it asked for, of the network and of files, besides its own.
+        requests: addresses that it asked the network for.
     """
 
     dom: str
@@ -53,7 +53,7 @@ def show(page: Path, folder: Path, height: int) -> Shown:
         for call in calls
     ]
     complaints = [line for out in outputs for line in out.stderr.splitlines() if "CONSOLE" in line]
-    asked = re.findall(r'"url":"([^"]+)"', log.read_text())
-    own = page.as_uri()
-    requests = sorted({json.loads(f'"{url}"') for url in asked} - {own})
+    events = json.loads(log.read_text())["events"]
+    asked = [event["params"] for event in events if "initiator" in event.get("params", {})]
+    requests = [a["url"] for a in asked if a["initiator"] != "not an origin"]  # the browser's own
     return Shown(outputs[0].stdout, picture, complaints, requests)

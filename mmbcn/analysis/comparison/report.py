@@ -138,7 +138,7 @@ def _page(
         conclusions=[conclusion(verdict) for verdict in verdicts],
         all_groups=groups,
         several_rates=len(groups) > len(chosen),
-        figures={name: Markup(svg) for name, svg in drawings.items() if svg},
+        figures={name: svg and Markup(svg) for name, svg in drawings.items()},
         runs=results,
         commands_of={name: _commands(out, name) for name in content["results"]},
         classes=_classes(finished),
