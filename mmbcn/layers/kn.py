@@ -152,7 +152,8 @@ class KN(nn.BatchNorm2d):
             affine = self.weight, self.bias, self.q, self.eps
             predicted = self._predict(this, x)
             y, statistics, gain = kalman_norm(x, observed, predicted, *affine, this.settler())
-            this.finish(statistics) if known is None else this.repeat(statistics)
+            if known is None:
+                this.finish(statistics)
             if not in_backward():
                 self._update(statistics.detach(), gain * var / (count - 1), count)
         if not in_backward():

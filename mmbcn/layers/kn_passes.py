@@ -3,9 +3,9 @@
 A layer's filtered statistics go to the layers behind it beside the network's own tensors, attached
 to autograd's graph. Activation checkpointing cuts that graph: with ``use_reentrant=True`` (the
 default, which mmseg's ``with_cp`` has) the first pass through a block records nothing, and inside
-backward the block is repeated, after the layers behind it. There the statistics cross the border of
-a block by value, and their gradient comes back by hand: it is *owed* to the pass that made them,
-which adds it when its own turn in backward comes. So the result is that of no checkpointing.
+backward the block is repeated, after the layers behind it. There statistics go from layer to layer
+by value, and their gradient comes back by hand: it is *owed* to the pass that made them, which adds
+it when its own turn in backward comes. So the result is that of no checkpointing.
 """
 
 import weakref
@@ -34,23 +34,15 @@ class Pass:
     def __init__(self, key: Tensor, seed: int, sources: Mapping[nn.Module, "Pass"]) -> None:
         self.key, self.seed, self.sources = key, seed, sources
         self._recorded = torch.is_grad_enabled()
-        self._repeated: Tensor | None = None
         self._owed: Tensor | None = None
 
     def finish(self, statistics: Tensor) -> None:
-        """The first time: these are the statistics."""
+        """These are the statistics; once, not in a repetition."""
         self.statistics = statistics
         self._needs_grad = statistics.requires_grad or not self._recorded
 
-    def repeat(self, statistics: Tensor) -> None:
-        """In the repetition: the same, in the graph that backward is about to go through."""
-        if not self._recorded:
-            self._repeated = statistics
-
     def give(self) -> Tensor:
         """The statistics, for a layer behind this one that runs now."""
-        if self._repeated is not None:
-            return self._repeated
         if self._recorded and not in_backward():
             return self.statistics
         value = self.statistics.detach()
@@ -69,7 +61,7 @@ class Pass:
             self = this()
             if self is None:
                 return None
-            owed, self._owed, self._repeated = self._owed, None, None
+            owed, self._owed = self._owed, None
             self.leave_graph()
             return owed
 
