@@ -138,7 +138,7 @@ def test_set_norm_and_back():
     from mmseg.models import EncoderDecoder
 
     model = deeplab(18)
-    before = copy.deepcopy(set_norm(model, "bn"))
+    before = copy.deepcopy(set_norm(set_norm(model, "bn_ws"), "bn"))
     for name in ("kn_ws", "kn", "kn"):
         set_norm(model, name)
         assert (model.type, model.linked_type) == ("mmbcn.norms.linked_model", "EncoderDecoder")
