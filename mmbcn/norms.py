@@ -231,8 +231,9 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
     (into the batch stage of a batch-channel norm), with eps, momentum, device, dtype, mode and
     ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows becomes a
     `WSConv2d` on the same parameter; a final classifier has none behind it and stays. Without,
-    a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Convert before the optimizer
-    is built: the norms' parameters are new ones.
+    a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Norms that look at the layers
+    before them are linked to these, see `mmbcn.layers.link_norms`. Convert before the optimizer is
+    built: the norms' parameters are new ones.
 
     Args:
         module: the model, changed in place.
