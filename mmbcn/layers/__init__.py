@@ -2,10 +2,13 @@
 
 from mmbcn.layers.bcn import BCN, BatchChannelNorm, MicroBCN, SyncBCN
 from mmbcn.layers.conv_ws import WSConv2d
+from mmbcn.layers.kn import KN
+from mmbcn.layers.kn_links import describe_links, link_norms
 from mmbcn.layers.relatives import AffineInstanceNorm, AutoGroupNorm, FrozenBN
 
 __all__ = [
     "BCN",
+    "KN",
     "AffineInstanceNorm",
     "AutoGroupNorm",
     "BatchChannelNorm",
@@ -13,4 +16,6 @@ __all__ = [
     "MicroBCN",
     "SyncBCN",
     "WSConv2d",
+    "describe_links",
+    "link_norms",
 ]

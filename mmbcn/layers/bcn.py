@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbcn.layers.checks import check_eps, check_momentum
+from mmbcn.layers.checks import check_eps, check_input, check_momentum
 from mmbcn.layers.foreign_state import adopt_state
 from mmbcn.layers.groups import resolve_num_groups
 from mmbcn.layers.init_guard import apply_keeping_alive
@@ -79,7 +79,7 @@ class BatchChannelNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
-        self._check(x)
+        check_input(self, x)
         count = rows = None
         if self.bn.training:
             *own, rows = channel_moments(x)
@@ -101,19 +101,6 @@ class BatchChannelNorm(nn.GroupNorm):
             self._group() if self._is_sync() else None,
             rows,
         )
-
-    def _check(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"{type(self).__name__} expects a tensor of real floating-point numbers, got {got}"
-                "; convert it, such as by x.float()"
-            )
-        if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} expects (N, {self.num_features}, ...), "
-                f"got shape {tuple(x.shape)}; num_features must be the channels of the layer before"
-            )
 
     def _statistics(
         self, mean: Tensor, var: Tensor, count: int
