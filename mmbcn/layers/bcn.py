@@ -292,7 +292,7 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
     ``running_mean += r (batch mean - running_mean)``; ``running_var += r (v - running_var)``. It
     then normalizes with the *updated* estimates, which are constants in backward: gradients reach
     x and both affines. Eval uses the estimates as they are. They start at 0 and 1. The second
-    stage is `BCN`'s. One value per channel, or one sample, is no special case.
+    stage is `BCN`'s. One sample is no special case.
 
     A recomputed pass (activation checkpointing) updates nothing and sees the estimates that its
     first pass saw, found by its batch mean among the latest 16 passes.
@@ -303,7 +303,8 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
         eps: added to the variance in both stages.
         momentum: the update rate r, the weight of the *new* value; may be changed while training.
         warmup: at step t = 0, 1, ... use ``max(momentum, 1 / (t + 1))``, so that the estimates
-            are of use from the first step on.
+            are of use from the first step on. With one value per channel (DeepLabV3's image pooling
+            at batch size 1), ``max(momentum, 1 / (t + 2))``: no value may be its own mean.
         sync: share each step's moments over all ranks.
 
     Shape: (N, C, ...) -> same

@@ -29,7 +29,10 @@ def update_estimates(
     ``running += rate (new - running)``, where new is the mean and the unbiased variance as in
     ``nn.BatchNorm2d``, or, with ``micro``, the mean and the biased variance *around the old*
     running mean. The rate is ``momentum``; with ``warmup`` at least ``1 / (t + 1)`` at step t; with
-    momentum None just that. A batch of too few values (2; with ``micro`` 1) changes nothing.
+    momentum None just that. With ``micro`` and one value per channel, it is ``1 / (t + 2)``: what
+    the estimates start with counts as a batch. Else the first value would be its own mean, nothing
+    of it would be left, and the channel stage would multiply gradients by ``1 / sqrt(eps)``. A
+    batch of too few values (2; with ``micro`` 1) changes nothing.
 
     Args:
         running_mean: running mean of each channel; moved.
@@ -78,7 +81,10 @@ def _update(
         degrees = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
         var = var * (count / degrees)
     if momentum is None or warmup:
-        rate = (1 / (num_batches_tracked.to(mean.dtype) + 1)).clamp(min=momentum or 0.0)
+        batches = num_batches_tracked.to(mean.dtype) + 1
+        if micro:
+            batches = batches + (count <= 1)
+        rate = (1 / batches).clamp(min=momentum or 0.0)
     else:
         rate = momentum
     if isinstance(enough, Tensor):

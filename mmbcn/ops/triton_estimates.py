@@ -51,7 +51,8 @@ def update_estimates(
         triton.cdiv(channels, _CHANNELS),
         mean,
         *(running_mean, running_var, num_batches_tracked, mean.contiguous(), var.contiguous()),
-        *(new_mean, new_var, channels, count, float(momentum or 0)),
+        *(new_mean, new_var, channels, count, 2 if micro and count == 1 else 1),
+        float(momentum or 0),
         MICRO=micro,
         WARMUP=warmup or momentum is None,
         BLOCK=_CHANNELS,
@@ -92,6 +93,7 @@ def _update_kernel(
     new_var_ptr,
     channels,
     count,
+    batches,
     momentum: tl.float64,
     MICRO: tl.constexpr,
     WARMUP: tl.constexpr,
@@ -105,7 +107,7 @@ def _update_kernel(
     var = tl.load(var_ptr + c, mask=c < channels, other=0.0)
     rate = tl.full([1], momentum, dtype)
     if WARMUP:
-        rate = tl.maximum(rate, 1.0 / (tl.load(steps_ptr).to(dtype) + 1.0))
+        rate = tl.maximum(rate, 1.0 / (tl.load(steps_ptr).to(dtype) + batches))
     if MICRO:
         var += (mean - old_mean) * (mean - old_mean)
     else:

@@ -66,7 +66,8 @@ def batch_stage_numpy(layer, x):
         count = len(values)
         m = sum(values) / count
         if isinstance(layer, MicroBCN):
-            r = max(layer.momentum, 1 / (step + 1)) if layer.warmup else layer.momentum
+            batches = step + (2 if count == 1 else 1)
+            r = max(layer.momentum, 1 / batches) if layer.warmup else layer.momentum
             v = sum((values - running_mean[c]) ** 2) / count  # around the old estimate
             running_mean[c] = (1 - r) * running_mean[c] + r * m
             running_var[c] = (1 - r) * running_var[c] + r * v
@@ -294,6 +295,19 @@ def test_one_value_per_channel(shape):
     expected = output_numpy(layer, *numpy_of(x), mean, var)
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, **DOUBLE)
     np.testing.assert_allclose(layer.bn.running_mean.numpy(), mean, **DOUBLE)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_first_single_values_are_not_their_own_means(momentum):
+    """Else all of them vanish, and the group stage multiplies gradients by 1 / sqrt(eps) = 316."""
+    layer = MicroBCN(64, 8, momentum=momentum)
+    for step in range(5):
+        x = data((1, 64, 1, 1), torch.float32, seed=7)
+        x += 0.01 * data(x.shape, torch.float32, seed=step)
+        x.requires_grad_()
+        dy = data(x.shape, torch.float32, seed=2)
+        (dx,) = torch.autograd.grad(layer(x), x, dy)
+        assert 0.1 < dx.norm() / dy.norm() < 30
 
 
 @pytest.mark.parametrize("cls", LAYERS)

@@ -126,7 +126,7 @@ def estimates(case: Case, layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, ..
     mean = x.sum(over) / count
     rate = case.momentum
     if rate is None or (micro and case.warmup):
-        rate = max(rate or 0.0, 1 / (case.steps + 1))
+        rate = max(rate or 0.0, 1 / (case.steps + (2 if micro and count == 1 else 1)))
     if micro:
         spread = ((x - old_mean.view(-1, *[1] * (x.dim() - 2))) ** 2).sum(over) / count
         new_mean = ((1 - rate) * old_mean + rate * mean).detach()

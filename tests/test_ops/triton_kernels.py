@@ -311,6 +311,20 @@ def test_running_estimates(momentum, warmup, micro, dtype):
     assert int(tracked) == 4
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_first_estimates_of_few_values(count):
+    running = [values((300,), torch.float32), values((300,), torch.float32, 1).abs()]
+    old = running[0].double()
+    tracked, mean, var = (
+        torch.tensor(0, device=DEVICE),
+        values((300,), torch.float32, 2),
+        running[1].clone(),
+    )
+    update_estimates(*running, tracked, mean, var, count, 0.1, micro=True, warmup=True)
+    expected = (old + mean.double()) / 2 if count == 1 else mean.double()
+    assert error(running[0], expected) < 4 * TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("cls", [BCN, MicroBCN])
 def test_layers_compute_what_they_compute_without_kernels(cls, monkeypatch):
     """The layers' own tests hold the plain path against oracles; here both paths are compared."""
