@@ -4,7 +4,9 @@ Layers and functions are called; everything else goes through the tools' own com
 must end in one message instead of a traceback.
 """
 
+import errno
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -157,6 +159,16 @@ def write(door, name, text):
     path = door.tmp / name
     path.write_text(text)
     return path
+
+
+def full_disk(door):
+    from mmengine.visualization import LocalVisBackend
+
+    def write(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    door._patch.setattr(LocalVisBackend, "add_scalars", write)
+    door.options("default_hooks.logger.interval=1")
 
 
 def below_a_file(door):
@@ -374,6 +386,12 @@ CASES = {
         "cannot write in the work_dir",
         "file/work: Not a directory",
         "--work-dir PATH",
+    ),
+    "disk that is full for a log": (
+        full_disk,
+        UsageError,
+        "No space left on device. Checkpoints are untouched. Make room",
+        "--resume",
     ),
     "no checkpoint": (
         lambda d: d.run("test", d.config(), "none.pth"),

@@ -1,5 +1,6 @@
 """Turns what mm frameworks raise on a user's mistake, deep inside, into one message."""
 
+import errno
 import inspect
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from mmbcn.errors import UsageError
 
 _SETTINGS = re.compile(r"(\w+)\.__init__\(\) (?:missing|got an unexpected .*'(\w+)')")
 _BUILDING = ("build_from_cfg", "build_dataloader")  # functions that read a config
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNKNOWN = re.compile(r"(\S+) is not in the .+ registry|Cannot find \S+ in registry")
 
 
@@ -24,6 +26,13 @@ def explained() -> Iterator[None]:
     except UsageError as error:
         inside = str(error).rpartition("mmbcn.errors.UsageError: ")[2].strip()
         raise UsageError(inside) from error  # without the traceback of a worker process
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        raise UsageError(  # for a log or a picture: checkpoints have a message of their own
+            f"{error.strerror}. Checkpoints are untouched. Make room where the work_dir is, then "
+            "repeat the command (train.py: with --resume)"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         text = _explain(error)
         if text is None:
