@@ -1,9 +1,8 @@
-"""The images of a config's training set as the network sees images in tests.
+"""The images of one of a config's sets as the network sees images in tests.
 
-Training images, since those of validation and test must not leak into a model; through the *test*
-pipeline, since running statistics are used in tests: whole images at test scale, without random
-crops and colours, the same ones each time. Where the config tests on sliding windows, each window
-is an image. Labels are not read.
+Of any set through the *test* pipeline: whole images at test scale, without random crops and
+colours, the same ones each time. Where the config tests on sliding windows, each window is an
+image. Labels are not read.
 """
 
 import copy
@@ -24,40 +23,49 @@ from mmbcn.errors import UsageError
 Batch = dict[str, list[Any]]
 
 
-class TrainImages:
-    """Batches of training images of a config, for calibration.
+class SplitImages:
+    """Batches of images of a config, to measure a network on.
 
     Args:
         cfg: a whole config.
         num_images: as many, evenly spread over the set; None: all.
         batch_size: images in a batch, less where their shapes differ.
+        split: 'train', 'val' or 'test'.
 
     Attributes:
         total: images in the set.
         num_images: those of them that are used.
+        read: those that the latest iteration has read.
 
     Raises:
         UsageError: the config names no images or no test pipeline, or files are missing.
     """
 
-    def __init__(self, cfg: Mapping[str, Any], num_images: int | None, batch_size: int) -> None:
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        num_images: int | None,
+        batch_size: int,
+        split: str = "train",
+    ) -> None:
         for name, number in (("num-images", num_images), ("batch-size", batch_size)):
             if number is not None and number < 1:
                 raise UsageError(f"--{name} must be 1 or more, got {number}")
-        check_folders(cfg, ("train",))
-        parts = open_parts(cfg, ("train",))
+        check_folders(cfg, (split,))
+        parts = open_parts(cfg, (split,))
         for part in parts:
-            check_files(part.dataset, "train")
+            check_files(part.dataset, split)
         samples = [sample for part in parts for sample in part.samples]
         self.total = len(samples)
         self.num_images = min(num_images or self.total, self.total)
         chosen = [samples[i * self.total // self.num_images] for i in range(self.num_images)]
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
             images = _Images(chosen, Compose(_test_pipeline(cfg)))
-        workers = (cfg.get("train_dataloader") or {}).get("num_workers", 0)
+        workers = (cfg.get(f"{split}_dataloader") or {}).get("num_workers", 0)
         self._loader = DataLoader(
             images, batch_size, num_workers=workers, collate_fn=pseudo_collate
         )
+        self.read = 0
         test_cfg = (cfg["model"].get("test_cfg")) or {}
         self._window = None
         if test_cfg.get("mode") == "slide":
@@ -65,7 +73,9 @@ class TrainImages:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of images of one shape, as a mm data preprocessor takes them."""
+        self.read = 0
         for loaded in self._loader:
+            self.read += len(loaded["inputs"])
             pairs = zip(loaded["inputs"], loaded["data_samples"], strict=True)
             for _, group in groupby(pairs, lambda pair: pair[0].shape):
                 inputs, samples = map(list, zip(*group, strict=True))

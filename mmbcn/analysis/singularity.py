@@ -15,7 +15,7 @@ Reference: Qiao et al. 2019, section 3, https://arxiv.org/abs/1911.09738
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,17 @@ class Singularity:
             )
         found = dict(layers=rows, means=mean_measures(self.layers))
         return _finite(dict(**found, others=self.others, unreached=self.unreached))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Singularity":
+        """What `as_dict` was made of."""
+        layers = [
+            LayerSingularity(
+                row["layer"], row["norm"], row["values"], *map(_column, row["of_channels"].values())
+            )
+            for row in content["layers"]
+        ]
+        return cls(layers, content["others"], content["unreached"])
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -242,6 +253,10 @@ def _frame(rows: list[dict[str, Any]]) -> "pd.DataFrame":
     except ModuleNotFoundError:
         raise UsageError("tables need pandas: pip install pandas") from None
     return pd.DataFrame(rows)
+
+
+def _column(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import conv2d
 
 from mmbcn import set_norm
-from mmbcn.analysis.images import KeptBatches, TrainImages
+from mmbcn.analysis.images import KeptBatches, SplitImages
 from mmbcn.analysis.recalibrate import recalibrate
 from mmbcn.errors import UsageError
 
@@ -164,12 +164,12 @@ def test_whole_network_equals_one_huge_batch(folder, norm):
 
 
 def test_chosen_images_are_spread_over_the_training_set(folder):
-    images = TrainImages(config(folder), num_images=2, batch_size=4)
+    images = SplitImages(config(folder), num_images=2, batch_size=4)
     names = [Path(s.img_path) for batch in images for s in batch["data_samples"]]
     assert [n.name for n in names] == ["0.png", "2.png"]
     assert {n.parent.name for n in names} == {"train"}
     assert (images.num_images, images.total) == (2, 5)
-    whole = list(TrainImages(config(folder), num_images=99, batch_size=4))
+    whole = list(SplitImages(config(folder), num_images=99, batch_size=4))
     assert [tuple(b["inputs"][0].shape[1:]) for b in whole] == [*SIZES[1:]]
     assert [len(b["inputs"]) for b in whole] == [2, 1, 1, 1]
     assert all(i.dtype == torch.uint8 for b in whole for i in b["inputs"])
@@ -198,7 +198,7 @@ def test_windows_are_those_of_sliding_inference(folder):
     model.encode_decode = lambda x, metas: (seen.append(x.clone()), x[:, :2])[1]
     [image] = pixels(folder, (3,))
     model.slide_inference(image, [dict(img_shape=SIZES[3], ori_shape=SIZES[3])])
-    raw = [b for b in TrainImages(cfg, None, 1) if b["data_samples"][0].img_path.endswith("3.png")]
+    raw = [b for b in SplitImages(cfg, None, 1) if b["data_samples"][0].img_path.endswith("3.png")]
     assert len(raw) == len(seen) == 6
     for batch, window in zip(raw, seen, strict=True):
         torch.testing.assert_close(model.data_preprocessor(batch, False)["inputs"], window)

@@ -1,0 +1,95 @@
+"""The measured singularities of several models: their names, their files, their tables."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mmbcn.analysis.singularity import Singularity
+from mmbcn.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model.
+
+    Attributes:
+        source: its checkpoint.
+        iteration: of its training, where the checkpoint says it.
+        config: whose model it is.
+        images: on which images.
+        found: the statistics.
+    """
+
+    source: str
+    iteration: int | None
+    config: str
+    images: str
+    found: Singularity
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain types, for JSON."""
+        own = dict(source=self.source, iteration=self.iteration, config=self.config)
+        return dict(**own, images=self.images, **self.found.as_dict())
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """The models in a file of earlier results.
+
+    Raises:
+        UsageError: it is no such file.
+    """
+    try:
+        models = json.loads(path.read_text())["models"]
+        keys = ("source", "iteration", "config", "images")
+        return [Measured(*(m[k] for k in keys), Singularity.from_dict(m)) for m in models]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds something else"
+        raise UsageError(
+            f"{path} is no singularity.json that can be read ({reason}); this tool writes them"
+        ) from error
+
+
+def label_all(models: Sequence[Measured]) -> dict[str, Measured]:
+    """The models by short names: the checkpoint's, with its folder where several have it.
+
+    Raises:
+        UsageError: a checkpoint was given twice.
+    """
+    paths = [Path(m.source) for m in models]
+    stems = Counter(path.stem for path in paths)
+    names = [p.stem if stems[p.stem] == 1 else f"{p.parent.name}/{p.stem}" for p in paths]
+    if len({*names}) < len(names):
+        names = [str(path) for path in paths]
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice")
+    return dict(zip(names, models, strict=True))
+
+
+def runs_of(models: Mapping[str, Measured]) -> dict[str, dict[int, Singularity]]:
+    """The models of each folder by iteration, in order; of folders with several iterations."""
+    runs: dict[str, dict[int, Singularity]] = {}
+    for model in models.values():
+        if model.iteration is not None:
+            runs.setdefault(str(Path(model.source).parent), {})[model.iteration] = model.found
+    runs = {k: dict(sorted(v.items())) for k, v in runs.items() if len(v) > 1}
+    short = {k: Path(k).name or k for k in runs}
+    unique = len({*short.values()}) == len(runs)
+    return {short[k] if unique else k: v for k, v in runs.items()}
+
+
+def tables(models: Mapping[str, Measured]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of all layers, and of all channels; the first column is the model's name."""
+
+    def stack(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        return pd.concat(frames, names=["model"]).reset_index("model").reset_index(drop=True)
+
+    return (
+        stack({name: model.found.table() for name, model in models.items()}),
+        stack({name: model.found.channels() for name, model in models.items()}),
+    )

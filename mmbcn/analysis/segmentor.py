@@ -1,0 +1,51 @@
+"""Builds, loads and runs the segmentor of a config, to be measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import MODELS, DefaultScope
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from torch import Tensor, nn
+
+from mmbcn.analysis.images import Batch
+from mmbcn.checkpoints.fit import fit_checkpoint
+
+
+def load_segmentor(
+    cfg: Config, checkpoint: Mapping[str, Any], source: str, device: str | None = None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model of a config with the weights of a checkpoint, and what was loaded.
+
+    Args:
+        cfg: the config that the checkpoint was trained with.
+        checkpoint: the content of a file. Auxiliary heads may be missing.
+        source: its name, for messages.
+        device: where the model goes; None: mmengine's choice.
+
+    Raises:
+        UsageError: the checkpoint is of another model or norm.
+    """
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
+        model = MODELS.build(cfg.model)
+    optional = ("auxiliary_head",)
+    text = cfg.pretty_text
+    state, _ = fit_checkpoint(model, checkpoint, source, config=text, exact=True, optional=optional)
+    model.load_state_dict(state, strict=False)
+    return model.to(device or get_device()), state
+
+
+def run_heads(model: nn.Module, batch: Batch) -> None:
+    """Run a segmentor on images, its auxiliary heads too, which tests leave out."""
+    data = model.data_preprocessor(batch, False)
+    heads = [getattr(model, "decode_head", None)]
+    if not isinstance(heads[0], BaseDecodeHead):
+        model(**data, mode="predict")
+        return
+    spare = getattr(model, "auxiliary_head", None)
+    heads += spare if isinstance(spare, nn.ModuleList) else [spare]
+    features = model.extract_feat(data["inputs"])
+    for head in heads:
+        if head is not None:
+            head(features)
