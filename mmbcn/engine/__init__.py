@@ -17,6 +17,7 @@ from mmbcn.engine.hooks import (
     RandomStateHook,
     SafeCheckpointHook,
     SyncBuffersHook,
+    WeightNoiseHook,
 )
 from mmbcn.engine.runner import NormRunner
 
@@ -31,4 +32,5 @@ __all__ = [
     "RandomStateHook",
     "SafeCheckpointHook",
     "SyncBuffersHook",
+    "WeightNoiseHook",
 ]

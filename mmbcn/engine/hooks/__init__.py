@@ -8,6 +8,7 @@ from mmbcn.engine.hooks.preemption_hook import PreemptionHook
 from mmbcn.engine.hooks.random_state_hook import RandomStateHook
 from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
 from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
+from mmbcn.engine.hooks.weight_noise_hook import WeightNoiseHook
 
 __all__ = [
     "LabelCheckHook",
@@ -18,4 +19,5 @@ __all__ = [
     "RandomStateHook",
     "SafeCheckpointHook",
     "SyncBuffersHook",
+    "WeightNoiseHook",
 ]
