@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, DefaultScope
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from torch import nn
+from torch import Tensor, nn
 
 from mmbcn.analysis.calibration import Progress, calibrate
 from mmbcn.analysis.changes import Calibration
@@ -42,24 +42,41 @@ def recalibrate(
         UsageError: the checkpoint is of another model or norm, or has nothing to calibrate.
     """
     images = TrainImages(cfg, num_images, batch_size)
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
-        model = MODELS.build(cfg.model)
-    optional = ("auxiliary_head",)
-    text = cfg.pretty_text
-    state, _ = fit_checkpoint(model, checkpoint, source, config=text, exact=True, optional=optional)
-    model.load_state_dict(state, strict=False)
-    model.to(get_device())
+    model, state = load_model(cfg, checkpoint, source)
     done = calibrate(
         model, images if one_pass else KeptBatches(images), run_heads, one_pass, progress
     )
     others = checkpoint if "state_dict" in checkpoint else {}
-    meta = dict(others.get("meta") or dict(cfg=text))
+    meta = dict(others.get("meta") or dict(cfg=cfg.pretty_text))
     meta["calibrated"] = f"{images.num_images} of {images.total} training images"
     if one_pass:
         meta["calibrated"] += ", in one pass"
     calibrated = model.state_dict()
     state = {k: calibrated[k].to(v) for k, v in state.items()}
     return {**others, "meta": meta, "state_dict": state}, done
+
+
+def load_model(
+    cfg: Config, checkpoint: Mapping[str, Any], source: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The config's model with a checkpoint's weights, and the entries that it took.
+
+    Args:
+        cfg: the config that the checkpoint was trained with.
+        checkpoint: the content of a file.
+        source: its name, for messages.
+
+    Raises:
+        UsageError: the checkpoint is of another model or norm.
+    """
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
+        model = MODELS.build(cfg.model)
+    optional = ("auxiliary_head",)
+    state, _ = fit_checkpoint(
+        model, checkpoint, source, config=cfg.pretty_text, exact=True, optional=optional
+    )
+    model.load_state_dict(state, strict=False)
+    return model.to(get_device()), state
 
 
 def run_heads(model: nn.Module, batch: Batch) -> None:

@@ -58,7 +58,7 @@ def test_range_is_that_of_each_layer():
             layer.weight.uniform_(-reach, reach)
     for w, new in zip(weights(model), noisy(model, "additive", 0.01), strict=True):
         sigma = 0.01 * float(w.detach().max() - w.detach().min())
-        assert float((new - w).std()) == pytest.approx(sigma, rel=0.05)
+        assert float((new - w.detach()).std()) == pytest.approx(sigma, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +165,7 @@ def test_half_precision_keeps_its_type():
     model = nn.Linear(50, 50).bfloat16()
     [w] = noisy(model, "additive", 0.1)
     assert w.dtype == torch.bfloat16
-    assert 0 < float((w - model.weight).std())
+    assert (w != model.weight).float().mean() > 0.9
 
 
 def test_mistakes_say_what_to_do():

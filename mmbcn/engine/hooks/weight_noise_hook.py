@@ -34,7 +34,7 @@ class WeightNoiseHook(Hook):
     def before_val_iter(
         self, runner: Any, batch_idx: int, data_batch: dict[str, Any] | None = None
     ) -> None:
-        """Let the weights be noisy; draw the noise first, now that averaged weights are in place."""
+        """Let the weights be noisy; it is drawn late, of averaged weights if they are used."""
         if batch_idx == 0:
             if self.noise is not None:
                 self.noise.__exit__()  # an epoch before may have ended by an exception
