@@ -49,8 +49,8 @@ class TestSet:
         if not loader or not cfg.get("test_evaluator"):
             raise UsageError("the config has no test_dataloader or no test_evaluator")
         check_folders(cfg, ("test",))
-        if extra:
-            insert_transform(loader["dataset"], extra)
+        if extra and not insert_transform(loader["dataset"], extra):
+            raise UsageError("no test pipeline of the config has a transform that loads images")
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
             dataset = DATASETS.build(loader["dataset"])
             self._evaluator = Evaluator(copy.deepcopy(cfg["test_evaluator"]))
@@ -98,14 +98,17 @@ class TestSet:
         return float(metrics["mIoU"])
 
 
-def insert_transform(dataset: Any, transform: dict[str, Any]) -> None:
-    """Put a transform behind the loading of the image in all pipelines of a dataset's config."""
-    for part in dataset if isinstance(dataset, (list, tuple)) else [dataset]:
-        pipeline = part.get("pipeline") or []
-        for index, step in enumerate(pipeline):
-            if "LoadImage" in str(step["type"]):
-                pipeline.insert(index + 1, transform)
-                break
-        for inner in ("dataset", "datasets"):
-            if inner in part:
-                insert_transform(part[inner], transform)
+def insert_transform(dataset: Any, transform: dict[str, Any]) -> int:
+    """Put a transform behind the loading of images in all pipelines of a dataset's config.
+
+    Returns:
+        The number of pipelines.
+    """
+    if isinstance(dataset, (list, tuple)):
+        return sum(insert_transform(part, transform) for part in dataset)
+    pipeline = dataset.get("pipeline") or []
+    loading = [i for i, step in enumerate(pipeline) if "LoadImage" in str(step["type"])]
+    for index in loading[:1]:
+        pipeline.insert(index + 1, transform)
+    inner = (dataset[key] for key in ("dataset", "datasets") if key in dataset)
+    return len(loading[:1]) + sum(insert_transform(part, transform) for part in inner)

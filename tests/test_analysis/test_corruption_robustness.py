@@ -28,10 +28,11 @@ def test_transform_is_put_behind_the_loading_in_all_parts():
         return dict(pipeline=[dict(type="mmseg.LoadImageFromFile"), dict(type="Resize")])
 
     dataset = dict(type="ConcatDataset", datasets=[part(), dict(dataset=part())])
-    insert_transform(dataset, dict(type="X"))
+    assert insert_transform(dataset, dict(type="X")) == 2
     for inner in (dataset["datasets"][0], dataset["datasets"][1]["dataset"]):
         assert [t["type"] for t in inner["pipeline"]][1] == "X"
         assert len(inner["pipeline"]) == 3
+    assert insert_transform(dict(pipeline=[dict(type="Resize")]), dict(type="X")) == 0
 
 
 def test_tool_measures_keeps_and_goes_on(tmp_path, tiny_config, capsys):

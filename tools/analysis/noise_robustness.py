@@ -75,16 +75,13 @@ def main() -> None:
         print("the model keeps no running statistics: there is nothing to calibrate")
         methods = ["noisy"]
     images = TrainImages(cfg, args.num_images, args.batch_size)
-    settings |= dict(test_images=tests.num_images)
-    if "calibrated" in methods:
-        settings |= dict(calibration_images=images.num_images, one_pass=args.one_pass)
-    if "tracked" in methods:
-        settings |= dict(momentum=args.momentum)
+    settings |= dict(test_images=tests.num_images, calibration_images=images.num_images)
+    settings |= dict(one_pass=args.one_pass, momentum=args.momentum)
     results = KeptResults(out / "results.json", settings)
     cells = {
         cell.name: cell for cell in plan(args.noise, sorted(set(args.levels)), args.chips, methods)
     }
-    batches = images if args.one_pass else KeptBatches(images)
+    batches = KeptBatches(images)
 
     def measure_cell(name: str, stage: Stage) -> float:
         cell = cells[name]
