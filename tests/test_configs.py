@@ -121,7 +121,9 @@ def test_apr_is_one_statement():
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "_r18_bcn_" in p.stem or "os16" in p.stem], ids=lambda p: p.stem
+    "path",
+    [p for p in CONFIGS if re.search("_r18_bcn_[0-9]|os16", p.stem)],
+    ids=lambda p: p.stem,
 )
 def test_config_trains_a_step(path):
     train_step(Config.fromfile(str(path)), batch=2, size=32 if "os16" in path.stem else 64)

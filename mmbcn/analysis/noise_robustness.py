@@ -106,17 +106,18 @@ def summarize(cells: Sequence[Cell], results: Mapping[str, float]) -> list[dict[
 
 
 def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Plot mIoU against the level, for each noise; bars: standard deviation over the chips."""
+    """Plot mIoU over the levels, for each noise; bars: standard deviation over the chips."""
     noises = list(dict.fromkeys(row["noise"] for row in rows if row["noise"] != "none"))
     clean = {row["method"]: row["miou"] for row in rows if row["noise"] == "none"}
     figure = Figure((max(6, 1.2 + 3.6 * len(noises)), 3.8), layout="constrained")
     axes = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for ax, noise in zip(axes, noises, strict=True):
+        levels = sorted({row["level"] for row in rows if row["noise"] == noise})
         for method in clean:
             points = [r for r in rows if r["noise"] == noise and r["method"] == method]
             points.sort(key=lambda row: row["level"])
             ax.errorbar(
-                [0.0, *(p["level"] for p in points)],
+                range(len(levels) + 1),
                 [clean[method], *(p["miou"] for p in points)],
                 [0.0, *(p["std"] or 0.0 for p in points)],
                 color=_COLORS[method],
@@ -127,8 +128,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
             )
         if "noisy" in clean:
             ax.axhline(clean["noisy"], color="gray", linestyle=":", label="clean")
-        levels = sorted({row["level"] for row in rows if row["noise"] == noise})
-        ax.set_xticks([0.0, *levels], [f"{level:g}" for level in (0.0, *levels)])
+        ax.set_xticks(range(len(levels) + 1), ["0", *(f"{level:g}" for level in levels)])
         ax.set_xlabel(f"noise, {_NAMES[noise]}")
         ax.grid(color="#e6e9ee")
         ax.spines[["top", "right"]].set_visible(False)
