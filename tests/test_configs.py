@@ -1,5 +1,6 @@
 """Every shipped config reads, builds, and takes a training step on tiny inputs."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from mmbcn import set_norm
 ROOT = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(p for p in ROOT.rglob("*.py") if "_base_" not in p.parts)
 NAME = re.compile(
-    r"(?P<model>\w+?)_r(?P<depth>\d+)(?P<os>-os16)?_(?P<norm>[a-z]+(?:_ws)?)_(?P<sched>\w+)_"
+    r"(?P<model>\w+?)_r(?P<depth>\d+)(?P<os>-os16)?_(?P<norm>[a-z]+(?:_ws)?)"
+    r"(?:_(?P<apr>apr[sp]))?_(?P<sched>\w+)_"
     r"(?P<data>[a-z0-9]+)-(?P<crop>\d+x\d+)"
 )
 CLASSES = dict(cityscapes=19, voc12=21, voc12aug=21, camvid=11, shapes=7)
@@ -84,6 +86,10 @@ def test_config_is_what_its_name_says(path):
     pipeline = dataset.get("pipeline") or dataset.datasets[0].pipeline
     crops = [tuple(t.crop_size) for t in pipeline if t.type == "RandomCrop"]
     assert crops in ([crop], [] if name["data"] == "shapes" else None)
+    aprs = [i for i, t in enumerate(pipeline) if t.type == "mmbcn.APRSingle"]
+    assert aprs == ([len(pipeline) - 2] if name["apr"] == "aprs" else [])
+    is_pair = cfg.model.data_preprocessor.type == "mmbcn.APRPairDataPreProcessor"
+    assert is_pair == (name["apr"] == "aprp")
     if name["sched"].endswith("e"):
         assert cfg.train_cfg.max_epochs == int(name["sched"][:-1])
     else:
@@ -94,7 +100,7 @@ def test_config_is_what_its_name_says(path):
 
 def test_norm_is_one_line():
     """A config and its BatchNorm twin differ by one line beside `_base_` and the import."""
-    for path in ROOT.glob("deeplabv3/*_bcn_*.py"):
+    for path in ROOT.glob("deeplabv3/*_bcn_[0-9]*.py"):
         text = path.read_text().replace('"', "'")
         lines = [line for line in text.splitlines() if line]
         assert len(lines) == 3
@@ -103,8 +109,21 @@ def test_norm_is_one_line():
         assert lines[2] == "model = set_norm(_base_.model, 'bcn')"
 
 
+def test_apr_is_one_statement():
+    """A config with APR and its twin without differ by one statement beside `_base_`."""
+    paths = list(ROOT.glob("deeplabv3/*_apr[sp]_*.py"))
+    assert paths
+    for path in paths:
+        base, change = ast.parse(path.read_text()).body
+        twin = re.sub("_apr[sp]", "", path.name)
+        assert ast.unparse(base) == f"_base_ = './{twin}'"
+        assert ("APRSingle" in ast.unparse(change)) == ("_aprs_" in path.stem)
+
+
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "_r18_bcn_" in p.stem or "os16" in p.stem], ids=lambda p: p.stem
+    "path",
+    [p for p in CONFIGS if re.search("_r18_bcn_[0-9]|os16", p.stem)],
+    ids=lambda p: p.stem,
 )
 def test_config_trains_a_step(path):
     train_step(Config.fromfile(str(path)), batch=2, size=32 if "os16" in path.stem else 64)

@@ -8,6 +8,8 @@ from mmbcn.analysis.singularity import (
     SingularityMeter,
     measure_singularity,
 )
+from mmbcn.analysis.tracking import track
+from mmbcn.analysis.weight_noise import WeightNoise
 
 __all__ = [
     "Calibration",
@@ -16,6 +18,8 @@ __all__ = [
     "ReluInputs",
     "Singularity",
     "SingularityMeter",
+    "WeightNoise",
     "calibrate",
     "measure_singularity",
+    "track",
 ]

@@ -43,6 +43,17 @@ def kept_on_failure(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, dict
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers, running statistics above all, are as before."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards the modes and ``requires_grad`` are as before.
 

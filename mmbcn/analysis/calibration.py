@@ -82,13 +82,13 @@ def calibrate(
     Reference: Tsai et al. 2020, the calibration of https://arxiv.org/abs/2007.03230; the sums of
     Chan, Golub, LeVeque 1983
     """
-    layers = dict(_find_layers(model))
+    layers = dict(find_layers(model))
     if not layers:
         raise UsageError(
             f"{type(model).__name__} has nothing to calibrate: no BatchNorm, BCN or MicroBCN with "
             "running statistics (GroupNorm and the like keep none)"
         )
-    stages = {name: _stage(layer) for name, layer in layers.items()}
+    stages = {name: stage_of(layer) for name, layer in layers.items()}
     run = _Run(forward or default_forward, model, batches, progress)
     with kept_on_failure(stages) as before, evaluating(model):
         measure = _measure_together if one_pass else _measure_in_turn
@@ -99,7 +99,7 @@ def calibrate(
     return Calibration(changes, [name for name in layers if name not in moments])
 
 
-def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers to calibrate: of a batch-channel norm the whole, not its batch stage."""
     inside = {m.bn for m in model.modules() if isinstance(m, BatchChannelNorm)}
     for name, module in model.named_modules():
@@ -111,7 +111,7 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name or type(module).__name__, module
 
 
-def _stage(layer: nn.Module) -> nn.Module:
+def stage_of(layer: nn.Module) -> nn.Module:
     """The module that holds the running statistics."""
     return layer.bn if isinstance(layer, BatchChannelNorm) else layer
 
@@ -200,13 +200,13 @@ def _measure_in_turn(layers: dict[str, nn.Module], run: _Run) -> dict[str, Chann
 
 
 def _start(layer: nn.Module) -> ChannelMoments:
-    mean = _stage(layer).running_mean
+    mean = stage_of(layer).running_mean
     return ChannelMoments(len(mean), mean.device)
 
 
 def _use(layer: nn.Module, moments: ChannelMoments) -> None:
     """Let a layer in eval mode normalize as a training pass on these values would."""
-    stage = _stage(layer)
+    stage = stage_of(layer)
     stage.running_mean.copy_(moments.mean)
     stage.running_var.copy_(moments.biased())
 
@@ -240,7 +240,7 @@ def _check(name: str, moments: ChannelMoments) -> None:
 def _write(
     name: str, layer: nn.Module, moments: ChannelMoments, before: dict[str, Tensor]
 ) -> LayerChange:
-    stage = _stage(layer)
+    stage = stage_of(layer)
     var = moments.biased() if isinstance(layer, MicroBCN) else moments.unbiased()
     shift = (moments.mean - before["running_mean"].to(var)).abs() / (var + stage.eps).sqrt()
     factor = (var + stage.eps) / (before["running_var"].to(var) + stage.eps)

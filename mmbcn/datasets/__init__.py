@@ -11,6 +11,6 @@ for _package in ("mmengine", "mmcv", "mmseg"):
 from mmbcn.datasets.camvid import CamVidDataset  # noqa: E402
 from mmbcn.datasets.shapes import ShapesDataset  # noqa: E402
 from mmbcn.datasets.shapes_writer import write_shapes  # noqa: E402
-from mmbcn.datasets.transforms import RandomScale  # noqa: E402
+from mmbcn.datasets.transforms import APRSingle, Corrupt, RandomScale  # noqa: E402
 
-__all__ = ["CamVidDataset", "RandomScale", "ShapesDataset", "write_shapes"]
+__all__ = ["APRSingle", "CamVidDataset", "Corrupt", "RandomScale", "ShapesDataset", "write_shapes"]

@@ -19,6 +19,7 @@ from mmbcn.engine.hooks import (
     SafeCheckpointHook,
     SingularityHook,
     SyncBuffersHook,
+    WeightNoiseHook,
 )
 from mmbcn.engine.runner import NormRunner
 
@@ -35,4 +36,5 @@ __all__ = [
     "SafeCheckpointHook",
     "SingularityHook",
     "SyncBuffersHook",
+    "WeightNoiseHook",
 ]

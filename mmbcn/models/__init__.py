@@ -7,6 +7,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing_package("mmbcn.models", error.name or "mmseg") from error
 
+from mmbcn.models.apr_data_preprocessor import APRPairDataPreProcessor
 from mmbcn.models.aspp_head import PointwiseFuseASPPHead
 
-__all__ = ["PointwiseFuseASPPHead"]
+__all__ = ["APRPairDataPreProcessor", "PointwiseFuseASPPHead"]

@@ -10,6 +10,7 @@ from mmbcn.engine.hooks.record_hook import RecordHook
 from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
 from mmbcn.engine.hooks.singularity_hook import SingularityHook
 from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
+from mmbcn.engine.hooks.weight_noise_hook import WeightNoiseHook
 
 __all__ = [
     "LabelCheckHook",
@@ -22,4 +23,5 @@ __all__ = [
     "SafeCheckpointHook",
     "SingularityHook",
     "SyncBuffersHook",
+    "WeightNoiseHook",
 ]
