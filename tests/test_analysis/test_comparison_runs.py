@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("mmseg")
 
-from comparisons import pretend, shapes_config
+from comparisons import pretend, quick_configs, shapes_config
 
 from mmbcn.analysis.comparison import process
 from mmbcn.analysis.comparison.execute import Executor
@@ -33,7 +33,8 @@ def compare(tmp_path, monkeypatch):
         pretend(tmp_path / "tools", **(told or {}))
         rules = Rules(norms.split(","), [2], 1, iters=6)
         runs = make_plan(CFG, rules)
-        prepare(CFG, "config.py", rules, runs, tmp_path / "out", f"compare {norms}")
+        with quick_configs():
+            prepare(CFG, "config.py", rules, runs, tmp_path / "out", f"compare {norms}")
         missing = [r for r in runs if not Place(tmp_path / "out", r).is_finished(retry_failed)]
         executor = Executor(tmp_path / "out", jobs, lambda *args: watch(executor, *args))
         return {run.norm: result for run, result in executor.run_all(missing)}

@@ -148,7 +148,7 @@ class RunBar:
         if run in self.tasks:
             self.bar.remove_task(self.tasks.pop(run))
         if result is None:
-            self.console.print(f"{run.name}: interrupted")
+            self.console.print(f"{run.name}: interrupted, or another process is at it")
             return
         self.bar.advance(self.all, (run.iters - self.seen.pop(run, 0)) * run.batch_size)
         self.left -= 1

@@ -47,7 +47,7 @@ class Executor:
             raise UsageError(f"--jobs must be 1 or more, got {jobs}")
         self.out, self.jobs, self.progress = out, jobs, progress
         self.stop, self.writing = Event(), Lock()
-        cores = int(os.environ.get("OMP_NUM_THREADS", num_cores()))
+        cores = int(os.environ.get("OMP_NUM_THREADS") or num_cores())
         self.threads = max(1, cores // jobs)
         self.facts = {**environment(get_device()), **mm_versions(), "threads": self.threads}
 

@@ -83,8 +83,9 @@ def prepare(
         UsageError: something is missing or does not fit, or the folder is of another comparison.
     """
     check_folders(cfg, ("train", "val"))
-    for run in runs:
-        write_config(run_config(cfg, run), Place(out, run).config)
+    configs = {run: run_config(cfg, run) for run in runs}  # all of them, before any is written
+    for run, own in configs.items():
+        write_config(own, Place(out, run).config)
     known = read_comparison(out) if (out / _FILE).is_file() else dict(commands=[], runs=[])
     commands = [*known["commands"], *([command] if command not in known["commands"] else [])]
     planned = [asdict(run) for run in runs]
