@@ -22,6 +22,7 @@ from mmbcn.layers import (
     BatchChannelNorm,
     FrozenBN,
     MicroBCN,
+    NoNorm,
     SyncBCN,
     WSConv2d,
 )
@@ -36,6 +37,7 @@ _NORMS: dict[str, tuple[dict[str, Any], type[nn.Module]]] = {
     "gn": (dict(type="mmbcn.AutoGroupNorm"), AutoGroupNorm),
     "ln": (dict(type="mmbcn.AutoGroupNorm", num_groups=1), AutoGroupNorm),
     "in": (dict(type="mmbcn.AffineInstanceNorm"), AffineInstanceNorm),
+    "none": (dict(type="mmbcn.NoNorm"), NoNorm),
     "bcn": (dict(type="mmbcn.BCN", num_groups="auto"), BCN),
     "microbcn": (dict(type="mmbcn.MicroBCN", num_groups="auto"), MicroBCN),
     "syncbcn": (dict(type="mmbcn.SyncBCN", num_groups="auto"), SyncBCN),
@@ -262,7 +264,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def _width(layer: nn.Module | None) -> int:
     """Channels of a norm that can be converted; 0 for everything else."""
-    if isinstance(layer, (_NormBase, FrozenBN)):
+    if isinstance(layer, (_NormBase, FrozenBN, NoNorm)):
         return layer.num_features
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
@@ -286,6 +288,9 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
     if not isinstance(new, BatchChannelNorm):
         known = new.state_dict()
         state = {k: v for k, v in state.items() if k in known}
+    if "weight" in state and isinstance(old, NoNorm) != isinstance(new, NoNorm):  # one factor
+        weight = state["weight"]
+        state["weight"] = weight.mean()[None] if cls is NoNorm else weight.expand(_width(old))
     if state:
         new.load_state_dict(state, strict=False)
     tensors = [*old.parameters(), *(b for b in old.buffers() if b.is_floating_point())]

@@ -14,7 +14,7 @@ from torch import nn
 import mmbcn
 from mmbcn import BCN, MicroBCN, SyncBCN, WSConv2d, convert_norm, norm_names, set_norm
 from mmbcn.errors import UsageError
-from mmbcn.layers import AffineInstanceNorm, AutoGroupNorm, BatchChannelNorm, FrozenBN
+from mmbcn.layers import AffineInstanceNorm, AutoGroupNorm, BatchChannelNorm, FrozenBN, NoNorm
 
 REPO = Path(mmbcn.__file__).parents[1]
 needs_mm = pytest.mark.skipif(
@@ -27,11 +27,12 @@ TYPES = {
     "gn": ("mmbcn.AutoGroupNorm", AutoGroupNorm),
     "ln": ("mmbcn.AutoGroupNorm", AutoGroupNorm),
     "in": ("mmbcn.AffineInstanceNorm", AffineInstanceNorm),
+    "none": ("mmbcn.NoNorm", NoNorm),
     "bcn": ("mmbcn.BCN", BCN),
     "microbcn": ("mmbcn.MicroBCN", MicroBCN),
     "syncbcn": ("mmbcn.SyncBCN", SyncBCN),
 }
-NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBN)
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBN, NoNorm)
 
 
 def shipped(path="deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py"):

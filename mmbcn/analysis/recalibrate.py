@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.registry import MODELS, DefaultScope
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from torch import nn
 
 from mmbcn.analysis.calibration import Progress, calibrate
 from mmbcn.analysis.changes import Calibration
-from mmbcn.analysis.images import Batch, KeptBatches, TrainImages
-from mmbcn.checkpoints.fit import fit_checkpoint
+from mmbcn.analysis.images import KeptBatches, TrainImages
+from mmbcn.analysis.segmentor import load_segmentor, run_heads
 
 
 def recalibrate(
@@ -42,36 +38,15 @@ def recalibrate(
         UsageError: the checkpoint is of another model or norm, or has nothing to calibrate.
     """
     images = TrainImages(cfg, num_images, batch_size)
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
-        model = MODELS.build(cfg.model)
-    optional = ("auxiliary_head",)
-    text = cfg.pretty_text
-    state, _ = fit_checkpoint(model, checkpoint, source, config=text, exact=True, optional=optional)
-    model.load_state_dict(state, strict=False)
-    model.to(get_device())
+    model, state = load_segmentor(cfg, checkpoint, source)
     done = calibrate(
         model, images if one_pass else KeptBatches(images), run_heads, one_pass, progress
     )
     others = checkpoint if "state_dict" in checkpoint else {}
-    meta = dict(others.get("meta") or dict(cfg=text))
+    meta = dict(others.get("meta") or dict(cfg=cfg.pretty_text))
     meta["calibrated"] = f"{images.num_images} of {images.total} training images"
     if one_pass:
         meta["calibrated"] += ", in one pass"
     calibrated = model.state_dict()
     state = {k: calibrated[k].to(v) for k, v in state.items()}
     return {**others, "meta": meta, "state_dict": state}, done
-
-
-def run_heads(model: nn.Module, batch: Batch) -> None:
-    """Run a segmentor on images, its auxiliary heads too, which tests leave out."""
-    data = model.data_preprocessor(batch, False)
-    heads = [getattr(model, "decode_head", None)]
-    if not isinstance(heads[0], BaseDecodeHead):
-        model(**data, mode="predict")
-        return
-    spare = getattr(model, "auxiliary_head", None)
-    heads += spare if isinstance(spare, nn.ModuleList) else [spare]
-    features = model.extract_feat(data["inputs"])
-    for head in heads:
-        if head is not None:
-            head(features)

@@ -2,7 +2,7 @@
 
 from mmbcn.layers.bcn import BCN, BatchChannelNorm, MicroBCN, SyncBCN
 from mmbcn.layers.conv_ws import WSConv2d
-from mmbcn.layers.relatives import AffineInstanceNorm, AutoGroupNorm, FrozenBN
+from mmbcn.layers.relatives import AffineInstanceNorm, AutoGroupNorm, FrozenBN, NoNorm
 
 __all__ = [
     "BCN",
@@ -11,6 +11,7 @@ __all__ = [
     "BatchChannelNorm",
     "FrozenBN",
     "MicroBCN",
+    "NoNorm",
     "SyncBCN",
     "WSConv2d",
 ]

@@ -1,5 +1,6 @@
 """Hooks, one per file."""
 
+from mmbcn.engine.hooks.enorm_hook import ENormHook
 from mmbcn.engine.hooks.label_check_hook import LabelCheckHook
 from mmbcn.engine.hooks.non_finite_hook import NonFiniteHook
 from mmbcn.engine.hooks.norm_guard_hook import NormGuardHook
@@ -10,6 +11,7 @@ from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
 from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
 
 __all__ = [
+    "ENormHook",
     "LabelCheckHook",
     "NonFiniteHook",
     "NormGuardHook",
