@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmbcn.errors import UsageError
 from mmbcn.layers import (
     BCN,
+    IC,
     AffineInstanceNorm,
     AutoGroupNorm,
     BatchChannelNorm,
@@ -41,10 +42,17 @@ _NORMS: dict[str, tuple[dict[str, Any], type[nn.Module]]] = {
     "bcn": (dict(type="mmbcn.BCN", num_groups="auto"), BCN),
     "microbcn": (dict(type="mmbcn.MicroBCN", num_groups="auto"), MicroBCN),
     "syncbcn": (dict(type="mmbcn.SyncBCN", num_groups="auto"), SyncBCN),
+    "ic": (dict(type="mmbcn.IC"), IC),
 }
 _WS = "_ws"
 _WS_CFG = dict(type="mmbcn.WSConv2d")
 _PLAIN_CONVS = ("Conv2d", "Conv", "ConvWS", "WSConv2d")  # what conv_cfg may say and be switched
+# IC layers stand in front of the convolutions: mmseg's component -> ours in that order
+_IC_MODELS = {
+    **{f"mmseg.{kind}": f"mmbcn.IC{kind}" for kind in ("ResNet", "ResNetV1c", "ResNetV1d")},
+    **{f"mmseg.{kind}": f"mmbcn.IC{kind}" for kind in ("ASPPHead", "FCNHead")},
+    "mmbcn.PointwiseFuseASPPHead": "mmbcn.ICPointwiseFuseASPPHead",
+}
 _TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: not ours to switch
 _NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
 _SCOPES = ("mmseg", "mmdet", "mmpretrain")
@@ -76,6 +84,9 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
     `WSConv2d` beside each of them, or plain again. The final classifier never is: mm heads build
     it as ``nn.Conv2d``.
 
+    ``'ic'`` also changes the *types* of components to those whose layers come in the order that IC
+    layers are for (`ICResNet`, `ICASPPHead`, ...), and every other name changes them back.
+
     Args:
         model_cfg: the ``model`` of a config, changed in place.
         name: one of `norm_names`.
@@ -86,7 +97,8 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
     Raises:
         TypeError: ``model_cfg`` is no dict.
         UsageError: the name is unknown, nothing was found to switch, or a component cannot
-            standardize weights (it takes no ``conv_cfg``, or uses another convolution).
+            standardize weights (it takes no ``conv_cfg``, or uses another convolution) or has no
+            counterpart with IC layers.
 
     Example::
 
@@ -106,8 +118,12 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
             "set_norm found no norm_cfg to switch in this config, and no component that would "
             "build a BatchNorm by default; is it the `model` of a config?"
         )
+    kinds = [_new_kind(holder, path, base) for holder, path in places]
     conv_cfgs = [_new_conv_cfg(holder, path, ws, name) for holder, path in places]
-    for (holder, _), conv_cfg in zip(places, conv_cfgs, strict=True):
+    for (holder, _), conv_cfg, kind in zip(places, conv_cfgs, kinds, strict=True):
+        if kind != holder.get("type"):
+            holder["type"] = kind
+            holder.pop("unit", None)
         new = [type(holder)(**_NORMS[base][0], requires_grad=True) for _ in _as_list(holder)]
         holder["norm_cfg"] = new if isinstance(holder.get("norm_cfg"), list) else new[0]
         if conv_cfg is not None or holder.get("conv_cfg") is not None:
@@ -162,6 +178,23 @@ def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dic
             f"conv_cfg; use {name.removesuffix(_WS)!r}, or mmbcn.convert_norm on the built model"
         )
     return type(holder)(**_WS_CFG)
+
+
+def _new_kind(holder: dict[str, Any], path: str, base: str) -> Any:
+    """The type of a component in the order of layers that the norm is for."""
+    old = holder.get("type")
+    name = old if isinstance(old, str) and "." in old else f"mmseg.{_type_name(holder)}"
+    if base != "ic":
+        return next((k for k, ic in _IC_MODELS.items() if ic == name), old)
+    if name in _IC_MODELS.values():
+        return old
+    if name not in _IC_MODELS:
+        kinds = ", ".join(kind.rpartition(".")[2] for kind in _IC_MODELS)
+        raise UsageError(
+            f"'ic' needs components whose norms stand in front of the convolutions. There is none "
+            f"for {path}, a {_type_name(holder) or 'part without type'}; there are some for {kinds}"
+        )
+    return _IC_MODELS[name]
 
 
 def find_class(kind: Any) -> type | None:
@@ -220,6 +253,12 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
         UsageError: the name is unknown, or there is nothing to convert.
     """
     base, ws = _check_name(name)
+    if base == "ic":
+        raise UsageError(
+            "convert_norm cannot give a built model IC layers: they stand in front of "
+            "convolutions, where its norms stand behind. Build mmbcn.models.ICResNet and IC heads, "
+            "or switch a config: set_norm(model_cfg, 'ic')"
+        )
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"convert_norm expects a built model, an nn.Module, got {type(module)}; "

@@ -8,5 +8,15 @@ except ModuleNotFoundError as error:
     raise missing_package("mmbcn.models", error.name or "mmseg") from error
 
 from mmbcn.models.aspp_head import PointwiseFuseASPPHead
+from mmbcn.models.ic_heads import ICASPPHead, ICFCNHead, ICPointwiseFuseASPPHead
+from mmbcn.models.ic_resnet import ICResNet, ICResNetV1c, ICResNetV1d
 
-__all__ = ["PointwiseFuseASPPHead"]
+__all__ = [
+    "ICASPPHead",
+    "ICFCNHead",
+    "ICPointwiseFuseASPPHead",
+    "ICResNet",
+    "ICResNetV1c",
+    "ICResNetV1d",
+    "PointwiseFuseASPPHead",
+]
