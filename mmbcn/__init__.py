@@ -8,7 +8,7 @@ from typing import Any
 
 from mmbcn.checkpoints.allowed import allow_globals
 from mmbcn.equalization import equalize
-from mmbcn.layers import BCN, MicroBCN, SyncBCN, WSConv2d
+from mmbcn.layers import BCN, KN, MicroBCN, SyncBCN, WSConv2d
 from mmbcn.norms import convert_norm, norm_names, set_norm
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ _NEEDS_MM = {
 
 __all__ = [
     "BCN",
+    "KN",
     "MicroBCN",
     "SyncBCN",
     "WSConv2d",

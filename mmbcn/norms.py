@@ -18,6 +18,7 @@ from mmbcn.errors import UsageError
 from mmbcn.layers import (
     BCN,
     IC,
+    KN,
     AffineInstanceNorm,
     AutoGroupNorm,
     BatchChannelNorm,
@@ -26,6 +27,7 @@ from mmbcn.layers import (
     NoNorm,
     SyncBCN,
     WSConv2d,
+    link_norms,
 )
 
 Cfg = TypeVar("Cfg", bound=dict)
@@ -42,6 +44,7 @@ _NORMS: dict[str, tuple[dict[str, Any], type[nn.Module]]] = {
     "bcn": (dict(type="mmbcn.BCN", num_groups="auto"), BCN),
     "microbcn": (dict(type="mmbcn.MicroBCN", num_groups="auto"), MicroBCN),
     "syncbcn": (dict(type="mmbcn.SyncBCN", num_groups="auto"), SyncBCN),
+    "kn": (dict(type="mmbcn.KN"), KN),
     "ic": (dict(type="mmbcn.IC"), IC),
 }
 _WS = "_ws"
@@ -56,6 +59,7 @@ _IC_MODELS = {
 _TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: not ours to switch
 _NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
 _SCOPES = ("mmseg", "mmdet", "mmpretrain")
+_LINKED = "mmbcn.norms.linked_model"  # the type that builds a model and links its norms
 
 
 def norm_names() -> list[str]:
@@ -82,7 +86,8 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
     lists too, and adds one where a component's class would build a BatchNorm without being told.
     ``norm_cfg=None`` stays, and so do the LayerNorms of transformers. ``conv_cfg`` becomes
     `WSConv2d` beside each of them, or plain again. The final classifier never is: mm heads build
-    it as ``nn.Conv2d``.
+    it as ``nn.Conv2d``. For norms that look at the layers before them, the ``type`` of the whole
+    becomes `linked_model`, and back: whoever builds it gets the same model with its norms linked.
 
     ``'ic'`` also changes the *types* of components to those whose layers come in the order that IC
     layers are for (`ICResNet`, `ICASPPHead`, ...), and every other name changes them back.
@@ -128,7 +133,26 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
         holder["norm_cfg"] = new if isinstance(holder.get("norm_cfg"), list) else new[0]
         if conv_cfg is not None or holder.get("conv_cfg") is not None:
             holder["conv_cfg"] = conv_cfg
+    if model_cfg.get("type") == _LINKED:
+        model_cfg["type"] = model_cfg.pop("linked_type")
+    if _NORMS[base][1] is KN and "type" in model_cfg:
+        model_cfg.update(type=_LINKED, linked_type=model_cfg["type"])
     return model_cfg
+
+
+def linked_model(linked_type: Any, **kwargs: Any) -> nn.Module:
+    """Build a model of a config, and link its norms to their predecessors.
+
+    Args:
+        linked_type: the model's own ``type``.
+        **kwargs: its other settings.
+    """
+    cls = find_class(linked_type)
+    if cls is None:
+        raise UsageError(f"the model {linked_type!r} is not in the registries of {_SCOPES}")
+    model = cls(**kwargs)
+    link_norms(model)
+    return model
 
 
 def _as_list(holder: dict[str, Any]) -> list[Any]:
@@ -148,7 +172,7 @@ def _find_norm_cfgs(node: Any, path: str) -> Iterator[tuple[dict[str, Any], str]
         if types and not any(t in _TOKEN_NORMS for t in types):
             yield node, path
     elif "type" in node:
-        default = _parameter(find_class(node["type"]), "norm_cfg")
+        default = _parameter(find_class(_own_type(node)), "norm_cfg")
         if isinstance(default, dict) and "BN" in _type_name(default):
             yield node, path
     for key, value in node.items():
@@ -161,6 +185,10 @@ def _type_name(cfg: dict[str, Any]) -> str:
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
+def _own_type(cfg: dict[str, Any]) -> Any:
+    return cfg.get("linked_type") if cfg.get("type") == _LINKED else cfg.get("type")
+
+
 def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dict[str, Any] | None:
     old = holder.get("conv_cfg")
     switchable = old is None or _type_name(old) in _PLAIN_CONVS
@@ -171,10 +199,10 @@ def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dic
             f"{name!r} cannot standardize the weights of {path}: its conv_cfg is "
             f"{old['type']!r}; use {name.removesuffix(_WS)!r}, or a conv_cfg of Conv2d"
         )
-    cls = find_class(holder.get("type"))
+    cls = find_class(_own_type(holder))
     if cls is not None and _parameter(cls, "conv_cfg") is inspect.Parameter.empty:
         raise UsageError(
-            f"{name!r} cannot standardize the weights of {path}: {holder['type']} takes no "
+            f"{name!r} cannot standardize the weights of {path}: {_own_type(holder)} takes no "
             f"conv_cfg; use {name.removesuffix(_WS)!r}, or mmbcn.convert_norm on the built model"
         )
     return type(holder)(**_WS_CFG)
@@ -238,8 +266,9 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
     (into the batch stage of a batch-channel norm), with eps, momentum, device, dtype, mode and
     ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows becomes a
     `WSConv2d` on the same parameter; a final classifier has none behind it and stays. Without,
-    a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Convert before the optimizer
-    is built: the norms' parameters are new ones.
+    a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Norms that look at the layers
+    before them are linked to these, see `mmbcn.layers.link_norms`. Convert before the optimizer is
+    built: the norms' parameters are new ones.
 
     Args:
         module: the model, changed in place.
@@ -289,7 +318,9 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
         for key, child in parent._modules.items():
             if child in swaps:
                 parent._modules[key] = swaps[child]
-    return swaps.get(module, module)
+    module = swaps.get(module, module)
+    link_norms(module)
+    return module
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

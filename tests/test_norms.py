@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmbcn
-from mmbcn import BCN, MicroBCN, SyncBCN, WSConv2d, convert_norm, norm_names, set_norm
+from mmbcn import BCN, KN, MicroBCN, SyncBCN, WSConv2d, convert_norm, norm_names, set_norm
 from mmbcn.errors import UsageError
 from mmbcn.layers import IC, AffineInstanceNorm, AutoGroupNorm, BatchChannelNorm, FrozenBN, NoNorm
 
@@ -31,6 +31,7 @@ TYPES = {
     "bcn": ("mmbcn.BCN", BCN),
     "microbcn": ("mmbcn.MicroBCN", MicroBCN),
     "syncbcn": ("mmbcn.SyncBCN", SyncBCN),
+    "kn": ("mmbcn.KN", KN),
     "ic": ("mmbcn.IC", IC),
 }
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBN, NoNorm, IC)
@@ -125,6 +126,8 @@ def test_switches_a_shipped_config(deeplab, name):
         ("syncbcn", 1),
         ("frozen_bn", 1),
         ("ln_ws", 1),
+        ("kn", 1),
+        ("kn_ws", 2),
     ],
 )
 def test_switched_configs_train(deeplab, name, batch):
@@ -324,7 +327,7 @@ def test_convert_reaches_every_layer(name):
         assert net[0].weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["bn", "frozen_bn", "syncbn"])
+@pytest.mark.parametrize("name", ["bn", "frozen_bn", "syncbn", "kn"])
 def test_convert_keeps_the_function_of_a_bn_network(name):
     net = cnn().eval()
     expected = net(image())

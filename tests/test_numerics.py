@@ -97,6 +97,18 @@ def assert_trained(run, plain, tolerance):
         assert (layer.bn.running_var > 0).all()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_backends_train_alike(tiny_config, monkeypatch, norm):
+    """In float64: float32 runs drift apart by the tenth step, whatever rounds differently."""
+    runs = []
+    for backend in ("reference", "aten"):
+        monkeypatch.setenv("MMBCN_BACKEND", backend)
+        runs.append(Run(config(tiny_config, norm, 20), lambda runner: runner.model.double()))
+    assert batch_channel_norms(runs[0].model)[0].bn.running_mean.dtype == torch.float64
+    assert differences(*runs).max() < 1e-9
+    assert runs[0].losses[-1] < runs[0].losses[0]
+
+
 # --- mixed precision -----------------------------------------------------------------------------
 
 

@@ -3,9 +3,8 @@
 import argparse
 from typing import Any
 
+from _common import progress_bar
 from mmengine.config import Config
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmbcn.analysis.recalibrate import recalibrate
 
@@ -37,23 +36,9 @@ def run_calibration(
     args: argparse.Namespace, cfg: Config, checkpoint: dict[str, Any], source: str
 ) -> dict[str, Any]:
     """The recalibrated checkpoint; prints what changed."""
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total} batches"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
+    with progress_bar("calibrating", "batches") as update:
         checkpoint, done = recalibrate(
-            cfg,
-            checkpoint,
-            source,
-            args.num_images,
-            args.batch_size,
-            args.one_pass,
-            lambda finished, total: bar.update(task, completed=finished, total=total),
+            cfg, checkpoint, source, args.num_images, args.batch_size, args.one_pass, update
         )
     print(done.text())
     print(f"calibrated on {checkpoint['meta']['calibrated']}")

@@ -2,11 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmbcn.engine.config_check import check_keys
 from mmbcn.errors import UsageError
@@ -26,10 +29,15 @@ class _Overrides(DictAction):
 def add_config_args(
     parser: argparse.ArgumentParser, name: str = "config", required: bool = True
 ) -> None:
-    """Add the arguments that every tool has; ``name`` may be an option, ``--config``."""
+    """Add the arguments that most tools have; ``name`` may be an option, ``--config``."""
     needed = {"required": required} if name.startswith("-") else {}
     parser.add_argument(name, help="config file", **needed)
     parser.add_argument("--norm", help=f"switch the normalization: {', '.join(norm_names())}")
+    add_override_arg(parser)
+
+
+def add_override_arg(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that overrides settings of the config."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -81,7 +89,7 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError) as error:
         raise UsageError(f"--cfg-options does not fit the config: {error.args[0]}") from error
-    if args.norm:
+    if getattr(args, "norm", None):
         check_keys(cfg)
         set_norm(cfg.model, args.norm)
     return cfg
@@ -103,6 +111,21 @@ def read_run_config(args: argparse.Namespace) -> Config:
         if getattr(args, key):
             cfg[key] = True
     return cfg
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar, and what moves it: called with how many are done and how many there are, if known."""
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        TextColumn(f"{{task.completed}} of {{task.total}} {unit}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,11 +1,20 @@
-"""A model on loan: what is changed for a measurement, and put back."""
+"""A model on loan: how it is run, what is changed for a measurement, and put back."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Any]
+Progress = Callable[[int, int | None], None]  # batches done, and of all, if known
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch of images, or of (images, labels)."""
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 @contextmanager

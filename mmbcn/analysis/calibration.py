@@ -12,7 +12,7 @@ statistics were before. Hence any positive scale and any shift of a channel in f
 undone (but for eps), and calibrating twice gives the same as once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -22,14 +22,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmbcn.analysis.borrowed import evaluating, hooked, kept_on_failure
+from mmbcn.analysis.borrowed import (
+    Forward,
+    Progress,
+    default_forward,
+    evaluating,
+    hooked,
+    kept_on_failure,
+)
 from mmbcn.analysis.changes import Calibration, LayerChange
 from mmbcn.analysis.moments import ChannelMoments, is_distributed
 from mmbcn.errors import UsageError
 from mmbcn.layers import BatchChannelNorm, MicroBCN
-
-Forward = Callable[[nn.Module, Any], Any]
-Progress = Callable[[int, int | None], None]
 
 
 class _Measured(BaseException):
@@ -85,7 +89,7 @@ def calibrate(
             "running statistics (GroupNorm and the like keep none)"
         )
     stages = {name: _stage(layer) for name, layer in layers.items()}
-    run = _Run(forward or _default_forward, model, batches, progress)
+    run = _Run(forward or default_forward, model, batches, progress)
     with kept_on_failure(stages) as before, evaluating(model):
         measure = _measure_together if one_pass else _measure_in_turn
         moments = measure(layers, run)
@@ -110,10 +114,6 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _stage(layer: nn.Module) -> nn.Module:
     """The module that holds the running statistics."""
     return layer.bn if isinstance(layer, BatchChannelNorm) else layer
-
-
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 class _Run:

@@ -5,7 +5,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmbcn.analysis.calibration import Progress, calibrate
+from mmbcn.analysis.borrowed import Progress
+from mmbcn.analysis.calibration import calibrate
 from mmbcn.analysis.changes import Calibration
 from mmbcn.analysis.images import KeptBatches, TrainImages
 from mmbcn.analysis.segmentor import load_segmentor, run_heads

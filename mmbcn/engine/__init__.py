@@ -16,7 +16,9 @@ from mmbcn.engine.hooks import (
     PanelHook,
     PreemptionHook,
     RandomStateHook,
+    RecordHook,
     SafeCheckpointHook,
+    SingularityHook,
     SyncBuffersHook,
 )
 from mmbcn.engine.runner import NormRunner
@@ -31,6 +33,8 @@ __all__ = [
     "PanelHook",
     "PreemptionHook",
     "RandomStateHook",
+    "RecordHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]

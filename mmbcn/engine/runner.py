@@ -36,6 +36,7 @@ from mmbcn.engine.hooks import (
 from mmbcn.engine.mistakes import explained
 from mmbcn.engine.random_state import NumberedSampler, ShelteredWorker
 from mmbcn.engine.saving import check_resumable, find_checkpoint
+from mmbcn.layers import link_norms
 from mmbcn.norms import set_norm
 from mmbcn.registry import RUNNERS
 
@@ -96,6 +97,12 @@ class NormRunner(Runner):
             timeout = None if seconds is None else timedelta(seconds=seconds)
             dist.init_process_group("gloo", timeout=timeout)
         super().setup_env(env_cfg)
+
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
+        """Build the model; norms that look at the layers before them are linked to these."""
+        model = super().build_model(model)
+        link_norms(model)
+        return model
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for several ranks, on CPUs too."""

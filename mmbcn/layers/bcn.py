@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbcn.layers.checks import check_eps, check_momentum
+from mmbcn.layers.checks import check_eps, check_input, check_momentum
 from mmbcn.layers.foreign_state import adopt_state
 from mmbcn.layers.groups import resolve_num_groups
 from mmbcn.layers.init_guard import apply_keeping_alive
@@ -23,9 +23,12 @@ from mmbcn.layers.recompute import StatisticsMemory, in_backward
 from mmbcn.ops import (
     batch_channel_norm,
     channel_moments,
+    reference,
     share_moments,
     update_estimates,
 )
+from mmbcn.ops.backend import backend_for
+from mmbcn.ops.moments import statistics_dtype
 from mmbcn.registry import register_norm
 
 
@@ -76,17 +79,7 @@ class BatchChannelNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"{type(self).__name__} expects a tensor of real floating-point numbers, got {got}"
-                "; convert it, such as by x.float()"
-            )
-        if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} expects (N, {self.num_features}, ...), "
-                f"got shape {tuple(x.shape)}; num_features must be the channels of the layer before"
-            )
+        check_input(self, x)
         count = rows = None
         if self.bn.training:
             *own, rows = channel_moments(x)
@@ -205,6 +198,36 @@ class BCN(BatchChannelNorm, nn.GroupNorm):
         momentum: float | None = 0.1,
     ) -> None:
         super().__init__(num_features, num_groups, eps, momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
+        return self._two_norms(x) if self._is_two_norms(x) else super().forward(x)
+
+    def _is_two_norms(self, x: Tensor) -> bool:
+        """Whether torch's two norms do all there is to do, on a tensor too small for the rest."""
+        bn = self.bn
+        return (
+            isinstance(x, Tensor)
+            and x.dtype == bn.running_mean.dtype == bn.weight.dtype == statistics_dtype(x)
+            and x.dim() >= 2
+            and x.numel() > x.shape[1] == self.num_features
+            and bn.training
+            and bn.momentum is not None
+            and backend_for(x) == "reference"
+            and not torch._C._are_functorch_transforms_active()
+            and not self._is_sync()
+        )
+
+    def _two_norms(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        estimates = bn.running_mean, bn.running_var
+        if in_backward():
+            estimates = [value.clone() for value in estimates]
+        else:
+            bn.num_batches_tracked.add_(1)
+        cudnn = torch.backends.cudnn.enabled
+        z = torch.batch_norm(x, bn.weight, bn.bias, *estimates, True, bn.momentum, bn.eps, cudnn)
+        return reference.channel_stage(z, self.weight, self.bias, self.num_groups, self.eps)
 
     @torch.no_grad()
     def _statistics(

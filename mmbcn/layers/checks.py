@@ -3,6 +3,8 @@
 import math
 from numbers import Real
 
+from torch import Tensor, nn
+
 
 def check_eps(eps: float, zero: bool = False) -> None:
     """Check a small constant that a variance is kept away from zero with.
@@ -37,3 +39,24 @@ def check_momentum(momentum: float | None) -> None:
         raise TypeError(f"{text}, got {momentum!r}; the usual one is 0.1")
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"{text}, got {momentum}; the usual one is 0.1")
+
+
+def check_input(layer: nn.Module, x: Tensor) -> None:
+    """Check the input of a norm over ``layer.num_features`` channels.
+
+    Raises:
+        TypeError: it is no tensor of real floating-point numbers.
+        ValueError: its shape is not (N, num_features, ...).
+    """
+    name = type(layer).__name__
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{name} expects a tensor of real floating-point numbers, got {got}"
+            "; convert it, such as by x.float()"
+        )
+    if x.dim() < 2 or x.shape[1] != layer.num_features:
+        raise ValueError(
+            f"{name} expects (N, {layer.num_features}, ...), "
+            f"got shape {tuple(x.shape)}; num_features must be the channels of the layer before"
+        )

@@ -3,6 +3,19 @@
 MAX_GROUPS = 32
 
 
+def check_num_features(num_features: int) -> None:
+    """Check a number of channels.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is less than 1.
+    """
+    if isinstance(num_features, bool) or not isinstance(num_features, int):
+        raise TypeError(f"num_features must be an int, got {num_features!r}")
+    if num_features < 1:
+        raise ValueError(f"num_features must be at least 1, got {num_features}")
+
+
 def resolve_num_groups(num_groups: int | str, num_features: int) -> int:
     """The number of groups for a layer of ``num_features`` channels.
 
@@ -16,10 +29,7 @@ def resolve_num_groups(num_groups: int | str, num_features: int) -> int:
         TypeError: either is not of these types.
         ValueError: the groups do not divide the channels; names the counts that would do.
     """
-    if isinstance(num_features, bool) or not isinstance(num_features, int):
-        raise TypeError(f"num_features must be an int, got {num_features!r}")
-    if num_features < 1:
-        raise ValueError(f"num_features must be at least 1, got {num_features}")
+    check_num_features(num_features)
     if num_groups == "auto":
         fitting = (g for g in range(MAX_GROUPS, 1, -1) if num_features % g == 0)
         return next((g for g in fitting if num_features // g >= 2), 1)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import ModuleType
 
@@ -63,6 +64,13 @@ def has_kernels(statistics: Tensor) -> bool:
         return False
     wanted = _wanted(statistics)
     return wanted == "triton" or (wanted == "auto" and _prefers_triton(statistics))
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast would lower, or copy, what is in the right dtype already."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _wanted(x: Tensor) -> str:

@@ -10,7 +10,6 @@ of dy and of ``dy (x - row mean)`` over each row, then ``dx = p dy + q (x - row 
 Shapes: x (N, C, ...); rows (N, C); batch statistics (C,); group statistics (N, G).
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbcn.ops import reference
-from mmbcn.ops.backend import implementation
+from mmbcn.ops.backend import autocast_off, implementation
 from mmbcn.ops.coefficients import Stages
 from mmbcn.ops.moments import batch_moments
 
@@ -34,7 +33,7 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         fused = implementation(x)
         if fused is None:
             return reference.row_moments(x)
-        with _autocast_off(x):
+        with autocast_off(x):
             return fused[0].row_moments(x)
 
 
@@ -108,7 +107,7 @@ class _BatchChannelNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *tensors_and_settings: Any) -> Tensor:
         *inputs, row_mean, row_var, settings = tensors_and_settings
         passes, arithmetic = implementation(x)
-        with _autocast_off(x):
+        with autocast_off(x):
             s, scale, shift = arithmetic.forward(row_mean, row_var, *inputs, *settings[:3])
             y = passes.scale_shift(x, row_mean, scale, shift)
         many = x[:1].numel() >= _MANY_POSITIONS * x.shape[1]
@@ -129,7 +128,7 @@ class _BatchChannelNorm(torch.autograd.Function):
             return *(next(grads) if need else None for need in needs[:7]), None, None, None
         num_groups, bn_eps, eps, count, group = ctx.settings
         passes, arithmetic = implementation(x)
-        with _autocast_off(x):
+        with autocast_off(x):
             row_mean, row_var = kept[:2] or passes.row_moments(x)
             if kept:
                 s = Stages(*kept[2:])
@@ -142,10 +141,3 @@ class _BatchChannelNorm(torch.autograd.Function):
             dx = passes.combine(dy, x, row_mean, *pqr) if needs[0] else None
         grads = (grad.to(t.dtype) for grad, t in zip(grads, inputs[2:], strict=True))
         return dx, None, None, *grads, None, None, None
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast would lower, or copy, what is in the right dtype already."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()

@@ -70,9 +70,17 @@ def batch_channel_norm(
         statistics = (None, None) if own else (mean, var)
         cudnn = torch.backends.cudnn.enabled
         z = torch.batch_norm(x, bn_weight, bn_bias, *statistics, own, 0.0, bn_eps, cudnn)
-    size = x.shape[1] // num_groups
-    weight, bias = (v.to(dtype).repeat_interleave(size) for v in (weight, bias))
-    return torch.group_norm(z, num_groups, weight, bias, eps).to(result_dtype)
+    return channel_stage(z, weight, bias, num_groups, eps).to(result_dtype)
+
+
+def channel_stage(z: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    """Group normalization with an affine of groups, in z's dtype.
+
+    Shape: z (N, C, ...) -> same; weight, bias (num_groups,)
+    """
+    size = z.shape[1] // num_groups
+    weight, bias = (v.to(z.dtype).unsqueeze(1).expand(-1, size).reshape(-1) for v in (weight, bias))
+    return torch.group_norm(z, num_groups, weight, bias, eps)
 
 
 def _shared_batch_stage(

@@ -33,6 +33,14 @@ def test_resumed_run_is_bit_identical(tmp_path, whole, struck):
     assert_identical(saved(tmp_path, 8), whole)
 
 
+def test_resumed_run_draws_the_same_synthetic_maps(tmp_path):
+    """Kalman normalization draws in every iteration."""
+    train_here(tiny_config(tmp_path / "a", iters=5, norm="kn"), "kn")
+    interrupt(tiny_config(tmp_path / "b", iters=5, norm="kn"), "kn interrupted", iters=4)
+    train_here(tiny_config(tmp_path / "b", iters=5, norm="kn", resume=True), "kn resumed")
+    assert_identical(saved(tmp_path / "b", 5), saved(tmp_path / "a", 5))
+
+
 def test_checkpoint_and_validation_of_one_iteration(tmp_path):
     """What validation draws, and what the best checkpoint's second saving stores, is no matter."""
     options = {"default_hooks.checkpoint.interval": 2, "train_cfg.val_interval": 2}

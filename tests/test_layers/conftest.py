@@ -2,7 +2,7 @@
 
 import pytest
 
-ON_BOTH = ("test_bcn", "test_recompute", "test_state")
+ON_BOTH = ("test_bcn", "test_kn", "test_recompute", "test_state")
 
 
 def pytest_generate_tests(metafunc):

@@ -15,6 +15,9 @@ from mmbcn import BCN, MicroBCN
 from mmbcn.ops import (
     batch_channel_norm,
     batch_moments,
+    channel_moments,
+    channel_statistics,
+    kalman_norm,
     row_moments,
     triton_coefficients,
     triton_pass_kernels,
@@ -324,3 +327,45 @@ def test_layers_compute_what_they_compute_without_kernels(cls, monkeypatch):
         results.append([y.detach(), leaf.grad, *grads, *layer.buffers()])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "last", "dtype"), CASES)
+def test_kalman_normalization(name, last, dtype):
+    """Through its own statistics and given predictions, against elementary operations."""
+    q, channels = 0.3, SHAPES[name][1]
+    x, dy = values(SHAPES[name], dtype, last=last), values(SHAPES[name], dtype, seed=1)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (values((channels,), statistics, seed) for seed in (2, 3))
+    predicted = values((2, channels), statistics, seed=4).abs() + 0.5
+    dfiltered, dseen = (values((2, channels), statistics, seed) for seed in (5, 6))
+    leaves = [x, predicted, weight, bias]
+
+    x64, p64, w64, b64 = (t.detach().double().requires_grad_() for t in leaves)
+    over = [d for d in range(x.dim()) if d != 1]
+    mean = x64.sum(over) / (x.numel() // channels)
+    var = (x64 - spread(mean.unsqueeze(0), x)).square().sum(over) / (x.numel() // channels)
+    m = (1 - q) * p64[0] + q * mean
+    v = (1 - q) * p64[1] + q * var + q * (1 - q) * (mean - p64[0]) ** 2
+    rstd = (v + 1e-5) ** -0.5
+    w, b, m_, r = (spread(t.unsqueeze(0), x) for t in (w64, b64, m, rstd))
+    y = w * (x64 - m_) * r + b
+    filtered, seen = torch.stack([m, v]), torch.stack([mean, var])
+    outputs, upstream = (y, filtered, seen), (dy, dfiltered, dseen)
+    loss = sum((o * d.double()).sum() for o, d in zip(outputs, upstream, strict=True))
+    expected = [y, filtered, seen, *torch.autograd.grad(loss, [x64, p64, w64, b64])]
+
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    observed = torch.stack(channel_moments(x)[:2])
+    x, *others = leaves
+    y, filtered, gain = kalman_norm(x, observed, *others, q, 1e-5, lambda: None)
+    seen = channel_statistics(x)
+    assert gain == pytest.approx(q)
+    loss = sum((o.to(d) * d).sum() for o, d in zip((y, filtered, seen), upstream, strict=True))
+    got = [y, filtered, seen, *torch.autograd.grad(loss, leaves)]
+    names = ["y", "filtered", "seen", "dx", "dpredicted", "dweight", "dbias"]
+    for of, a, e in zip(names, got, expected, strict=True):
+        wide = of in ("y", "dx")
+        assert (
+            error(a.detach(), e.detach())
+            < (4 if wide else 20) * TOLERANCE[dtype if wide else statistics]
+        ), of

@@ -1,10 +1,7 @@
-"""What the benchmarks share: fair timing, where it was measured, CSV and Markdown."""
+"""What the benchmarks share: fair timing, CSV and Markdown."""
 
 import csv
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -75,47 +72,10 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def environment(device: str = "cpu") -> Row:
-    """Where and with what it was measured: the last columns of every CSV row."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = ""
-    return dict(
-        device=torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        triton=triton,
-        commit=_commit(),
-    )
-
-
 def command() -> str:
     """The command line of this run."""
     tool = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return shlex.join(["python", str(tool), *sys.argv[1:]])
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        own = ":(exclude)tools/benchmark/results"
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", own)
-        return git("rev-parse", "--short=10", "HEAD") + ("-changed" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _common import ROOT, Timing, command, environment, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Timing, command, markdown_table, time_interleaved, write_csv
 from mmengine.config import Config
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -17,6 +17,7 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
 
 import mmbcn
+from mmbcn.analysis.environment import environment
 
 OUT = ROOT / "tools/benchmark/results/steps"
 HEADING = """# Training steps of DeepLabV3

@@ -7,7 +7,9 @@ from mmbcn.engine.hooks.norm_guard_hook import NormGuardHook
 from mmbcn.engine.hooks.panel_hook import PanelHook
 from mmbcn.engine.hooks.preemption_hook import PreemptionHook
 from mmbcn.engine.hooks.random_state_hook import RandomStateHook
+from mmbcn.engine.hooks.record_hook import RecordHook
 from mmbcn.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
+from mmbcn.engine.hooks.singularity_hook import SingularityHook
 from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "PanelHook",
     "PreemptionHook",
     "RandomStateHook",
+    "RecordHook",
     "SafeCheckpointHook",
+    "SingularityHook",
     "SyncBuffersHook",
 ]

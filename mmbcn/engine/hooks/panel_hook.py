@@ -43,7 +43,7 @@ class PanelHook(Hook):
         for sample in outputs or ():
             index = self.seen * runner.world_size + runner.rank
             self.seen += 1
-            if not self._is_wanted(index, total):
+            if not is_chosen(index, total, self.limit):
                 continue
             self.count += 1
             panel = draw_panel(sample, meta["classes"], meta["palette"])
@@ -51,13 +51,15 @@ class PanelHook(Hook):
             name = f"{index:04d}_{Path(sample.img_path).stem}.png"
             mmcv.imwrite(panel, str(self.out_dir / name))
 
-    def _is_wanted(self, index: int, total: int) -> bool:
-        limit = total if self.limit is None else min(self.limit, total)
-        return index < total and (index + 1) * limit // total > index * limit // total
-
     def after_test(self, runner: Any) -> None:
         """Say where the pictures are."""
         runner.logger.info(f"{self.count} prediction pictures are in {self.out_dir}")
+
+
+def is_chosen(index: int, total: int, limit: int | None) -> bool:
+    """Whether the sample is one of ``limit`` that are spread evenly over ``total``; None: all."""
+    limit = total if limit is None else min(limit, total)
+    return index < total and (index + 1) * limit // total > index * limit // total
 
 
 def draw_panel(sample: Any, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> np.ndarray:

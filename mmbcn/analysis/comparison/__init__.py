@@ -1,0 +1,1 @@
+"""Trains a config with several norms under equal rules, and reports what came of it."""

@@ -1,0 +1,36 @@
+"""Writes the results of an analysis: JSON, tables and figures, each whole or not at all."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from mmbcn.checkpoints.write import whole_file
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_json(content: Any, path: Path) -> Path:
+    """Write plain data; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, "result") as part:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def write_csv(table: "pd.DataFrame", path: Path) -> Path:
+    """Write a table; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, "table") as part:
+        table.to_csv(part, index=False, lineterminator="\n")
+    return path
+
+
+def write_figure(figure: Figure, path: Path, dpi: int = 110) -> Path:
+    """Write a PNG; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, "figure") as part:
+        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None})
+    return path
