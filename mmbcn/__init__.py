@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from mmbcn.checkpoints.allowed import allow_globals
+from mmbcn.equalization import equalize
 from mmbcn.layers import BCN, KN, MicroBCN, SyncBCN, WSConv2d
 from mmbcn.norms import convert_norm, norm_names, set_norm
 
@@ -25,6 +26,7 @@ __all__ = [
     "SyncBCN",
     "WSConv2d",
     "convert_norm",
+    "equalize",
     "norm_names",
     "set_norm",
 ]

@@ -16,12 +16,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmbcn.errors import UsageError, nearest
 from mmbcn.layers import (
     BCN,
+    IC,
     KN,
     AffineInstanceNorm,
     AutoGroupNorm,
     BatchChannelNorm,
     FrozenBN,
     MicroBCN,
+    NoNorm,
     SyncBCN,
     WSConv2d,
     link_norms,
@@ -37,14 +39,22 @@ _NORMS: dict[str, tuple[dict[str, Any], type[nn.Module]]] = {
     "gn": (dict(type="mmbcn.AutoGroupNorm"), AutoGroupNorm),
     "ln": (dict(type="mmbcn.AutoGroupNorm", num_groups=1), AutoGroupNorm),
     "in": (dict(type="mmbcn.AffineInstanceNorm"), AffineInstanceNorm),
+    "none": (dict(type="mmbcn.NoNorm"), NoNorm),
     "bcn": (dict(type="mmbcn.BCN", num_groups="auto"), BCN),
     "microbcn": (dict(type="mmbcn.MicroBCN", num_groups="auto"), MicroBCN),
     "syncbcn": (dict(type="mmbcn.SyncBCN", num_groups="auto"), SyncBCN),
     "kn": (dict(type="mmbcn.KN"), KN),
+    "ic": (dict(type="mmbcn.IC"), IC),
 }
 _WS = "_ws"
 _WS_CFG = dict(type="mmbcn.WSConv2d")
 _PLAIN_CONVS = ("Conv2d", "Conv", "ConvWS", "WSConv2d")  # what conv_cfg may say and be switched
+# IC layers stand in front of the convolutions: mmseg's component -> ours in that order
+_IC_MODELS = {
+    **{f"mmseg.{kind}": f"mmbcn.IC{kind}" for kind in ("ResNet", "ResNetV1c", "ResNetV1d")},
+    **{f"mmseg.{kind}": f"mmbcn.IC{kind}" for kind in ("ASPPHead", "FCNHead")},
+    "mmbcn.PointwiseFuseASPPHead": "mmbcn.ICPointwiseFuseASPPHead",
+}
 _TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: not ours to switch
 _NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
 _SCOPES = ("mmseg", "mmdet", "mmpretrain")
@@ -77,6 +87,9 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
     it as ``nn.Conv2d``. For norms that look at the layers before them, the ``type`` of the whole
     becomes `linked_model`, and back: whoever builds it gets the same model with its norms linked.
 
+    ``'ic'`` also changes the *types* of components to those whose layers come in the order that IC
+    layers are for (`ICResNet`, `ICASPPHead`, ...), and every other name changes them back.
+
     Args:
         model_cfg: the ``model`` of a config, changed in place.
         name: one of `norm_names`.
@@ -87,7 +100,8 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
     Raises:
         TypeError: ``model_cfg`` is no dict.
         UsageError: the name is unknown, nothing was found to switch, or a component cannot
-            standardize weights (it takes no ``conv_cfg``, or uses another convolution).
+            standardize weights (it takes no ``conv_cfg``, or uses another convolution) or has no
+            counterpart with IC layers.
 
     Example::
 
@@ -107,8 +121,12 @@ def set_norm(model_cfg: Cfg, name: str) -> Cfg:
             "set_norm found no norm_cfg to switch in this config, and no component that would "
             "build a BatchNorm by default; is it the `model` of a config?"
         )
+    kinds = [_new_kind(holder, path, base) for holder, path in places]
     conv_cfgs = [_new_conv_cfg(holder, path, ws, name) for holder, path in places]
-    for (holder, _), conv_cfg in zip(places, conv_cfgs, strict=True):
+    for (holder, _), conv_cfg, kind in zip(places, conv_cfgs, kinds, strict=True):
+        if kind != holder.get("type"):
+            holder["type"] = kind
+            holder.pop("unit", None)
         new = [type(holder)(**_NORMS[base][0], requires_grad=True) for _ in _as_list(holder)]
         holder["norm_cfg"] = new if isinstance(holder.get("norm_cfg"), list) else new[0]
         if conv_cfg is not None or holder.get("conv_cfg") is not None:
@@ -188,6 +206,23 @@ def _new_conv_cfg(holder: dict[str, Any], path: str, ws: bool, name: str) -> dic
     return type(holder)(**_WS_CFG)
 
 
+def _new_kind(holder: dict[str, Any], path: str, base: str) -> Any:
+    """The type of a component in the order of layers that the norm is for."""
+    old = holder.get("type")
+    name = old if isinstance(old, str) and "." in old else f"mmseg.{_type_name(holder)}"
+    if base != "ic":
+        return next((k for k, ic in _IC_MODELS.items() if ic == name), old)
+    if name in _IC_MODELS.values():
+        return old
+    if name not in _IC_MODELS:
+        kinds = ", ".join(kind.rpartition(".")[2] for kind in _IC_MODELS)
+        raise UsageError(
+            f"'ic' needs components whose norms stand in front of the convolutions. There is none "
+            f"for {path}, a {_type_name(holder) or 'part without type'}; there are some for {kinds}"
+        )
+    return _IC_MODELS[name]
+
+
 def find_class(kind: Any) -> type | None:
     """The class that a ``type=`` means, where an installed mm package registers it."""
     if not isinstance(kind, str):
@@ -245,6 +280,12 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
         UsageError: the name is unknown, or there is nothing to convert.
     """
     base, ws = _check_name(name)
+    if base == "ic":
+        raise UsageError(
+            "convert_norm cannot give a built model IC layers: they stand in front of "
+            "convolutions, where its norms stand behind. Build mmbcn.models.ICResNet and IC heads, "
+            "or switch a config: set_norm(model_cfg, 'ic')"
+        )
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"convert_norm expects a built model, an nn.Module, got {type(module)}; "
@@ -291,7 +332,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def _width(layer: nn.Module | None) -> int:
     """Channels of a norm that can be converted; 0 for everything else."""
-    if isinstance(layer, (_NormBase, FrozenBN)):
+    if isinstance(layer, (_NormBase, FrozenBN, NoNorm)):
         return layer.num_features
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
@@ -315,6 +356,9 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
     if not isinstance(new, BatchChannelNorm):
         known = new.state_dict()
         state = {k: v for k, v in state.items() if k in known}
+    if "weight" in state and isinstance(old, NoNorm) != isinstance(new, NoNorm):  # one factor
+        weight = state["weight"]
+        state["weight"] = weight.mean()[None] if cls is NoNorm else weight.expand(_width(old))
     if state:
         new.load_state_dict(state, strict=False)
     tensors = [*old.parameters(), *(b for b in old.buffers() if b.is_floating_point())]

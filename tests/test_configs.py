@@ -32,7 +32,7 @@ DATASETS = dict(
     camvid="mmbcn.CamVidDataset",
     shapes="mmbcn.ShapesDataset",
 )
-NORMS = dict(bn="BN", bcn="mmbcn.BCN", syncbcn="mmbcn.SyncBCN")
+NORMS = dict(bn="BN", bcn="mmbcn.BCN", syncbcn="mmbcn.SyncBCN", ic="mmbcn.IC", enorm="mmbcn.NoNorm")
 
 
 def train_step(cfg: Config, batch: int, size: int = 64) -> None:
@@ -78,6 +78,10 @@ def test_config_is_what_its_name_says(path):
     assert cfg.model.backbone.depth == int(name["depth"])
     assert cfg.model.backbone.norm_cfg.type == NORMS[name["norm"].removesuffix("_ws")]
     assert cfg.model.decode_head.norm_cfg == cfg.model.backbone.norm_cfg
+    parts = [cfg.model.backbone, cfg.model.decode_head, cfg.model.get("auxiliary_head")]
+    in_ic_order = {part.type.startswith("mmbcn.IC") for part in parts if part}
+    assert in_ic_order == {name["norm"] == "ic"}
+    assert ("mmbcn.ENormHook" in [h.type for h in cfg.custom_hooks]) == (name["norm"] == "enorm")
     assert ("conv_cfg" in cfg.model.backbone) == name["norm"].endswith("_ws")
     assert cfg.model.decode_head.num_classes == CLASSES[name["data"]]
     assert tuple(cfg.model.data_preprocessor.size) == crop
@@ -98,15 +102,16 @@ def test_config_is_what_its_name_says(path):
         assert cfg.param_scheduler[-1].end == iters
 
 
-def test_norm_is_one_line():
+@pytest.mark.parametrize("norm", ["bcn", "ic"])
+def test_norm_is_one_line(norm):
     """A config and its BatchNorm twin differ by one line beside `_base_` and the import."""
-    for path in ROOT.glob("deeplabv3/*_bcn_[0-9]*.py"):
+    for path in ROOT.glob(f"deeplabv3/*_{norm}_[0-9]*.py"):
         text = path.read_text().replace('"', "'")
         lines = [line for line in text.splitlines() if line]
         assert len(lines) == 3
-        twin = path.name.replace("_bcn_", "_bn_")
+        twin = path.name.replace(f"_{norm}_", "_bn_")
         assert lines[0] == f"_base_ = './{twin}'"
-        assert lines[2] == "model = set_norm(_base_.model, 'bcn')"
+        assert lines[2] == f"model = set_norm(_base_.model, '{norm}')"
 
 
 def test_apr_is_one_statement():
@@ -122,7 +127,7 @@ def test_apr_is_one_statement():
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in CONFIGS if re.search("_r18_bcn_[0-9]|os16", p.stem)],
+    [p for p in CONFIGS if re.search("_r18_(bcn|ic|enorm)_[0-9]|os16", p.stem)],
     ids=lambda p: p.stem,
 )
 def test_config_trains_a_step(path):

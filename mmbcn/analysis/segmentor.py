@@ -36,16 +36,22 @@ def load_segmentor(
     return model.to(device or get_device()), state
 
 
-def run_heads(model: nn.Module, batch: Batch) -> None:
-    """Run a segmentor on images, its auxiliary heads too, which tests leave out."""
+def run_heads(model: nn.Module, batch: Batch) -> Any:
+    """Run a segmentor on images, its auxiliary heads too, which tests leave out.
+
+    Args:
+        model: the segmentor.
+        batch: ``inputs``, a list of images of one size, as its data preprocessor takes them, and
+            perhaps ``data_samples``.
+
+    Returns:
+        The heads' outputs; where the decode head is none of mmseg's, the predictions.
+    """
     data = model.data_preprocessor(batch, False)
     heads = [getattr(model, "decode_head", None)]
     if not isinstance(heads[0], BaseDecodeHead):
-        model(**data, mode="predict")
-        return
+        return model(**data, mode="predict")
     spare = getattr(model, "auxiliary_head", None)
     heads += spare if isinstance(spare, nn.ModuleList) else [spare]
     features = model.extract_feat(data["inputs"])
-    for head in heads:
-        if head is not None:
-            head(features)
+    return [head(features) for head in heads if head is not None]

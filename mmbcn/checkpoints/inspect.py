@@ -15,7 +15,7 @@ from mmbcn.checkpoints.key_maps import State
 _BUFFERS = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|steps)$")
 _STAGE = re.compile(r"(^|.*\.)p?bn$")
 _META = ("iter", "epoch", "time", "seed", "mmengine_version", "mmbcn_version", "experiment_name")
-_HISTORY = ("converted_from", "averaged", "calibrated")
+_HISTORY = ("converted_from", "averaged", "calibrated", "equalized")
 
 
 class Entry(NamedTuple):

@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
 
 from mmbcn.engine.autocast import BFloat16OptimWrapper
 from mmbcn.engine.hooks import (
+    ENormHook,
     LabelCheckHook,
     NonFiniteHook,
     NormGuardHook,
@@ -25,6 +26,7 @@ from mmbcn.engine.runner import NormRunner
 
 __all__ = [
     "BFloat16OptimWrapper",
+    "ENormHook",
     "LabelCheckHook",
     "NonFiniteHook",
     "NormGuardHook",

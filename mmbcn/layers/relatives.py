@@ -107,3 +107,39 @@ class FrozenBN(nn.Module):
     def extra_repr(self) -> str:
         """Channels and eps."""
         return f"{self.num_features}, eps={self.eps}"
+
+
+@register_norm
+class NoNorm(nn.Module):
+    """Stands where a norm would and uses no statistics: y[c] = weight x[c] + bias[c].
+
+    One factor for all channels. Where a norm ends a residual branch and starts at zero (mmseg's
+    ``zero_init_residual``), blocks begin as identities: this is how residual networks train without
+    normalization.
+
+    Args:
+        num_features: channels C.
+        eps: not used; builders of norms pass it.
+
+    Shape: (N, C, ...) -> same
+
+    Reference: Zhang, Dauphin and Ma 2019, https://arxiv.org/abs/1901.09321 (factors and biases);
+    De and Smith 2020, https://arxiv.org/abs/2002.10444 (a zero at the end of each branch)
+    """
+
+    _abbr_ = "bn"
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift."""
+        return x * self.weight + self.bias.view(-1, *[1] * (x.dim() - 2))
+
+    def extra_repr(self) -> str:
+        """Channels."""
+        return f"{self.num_features}"

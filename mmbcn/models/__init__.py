@@ -9,5 +9,16 @@ except ModuleNotFoundError as error:
 
 from mmbcn.models.apr_data_preprocessor import APRPairDataPreProcessor
 from mmbcn.models.aspp_head import PointwiseFuseASPPHead
+from mmbcn.models.ic_heads import ICASPPHead, ICFCNHead, ICPointwiseFuseASPPHead
+from mmbcn.models.ic_resnet import ICResNet, ICResNetV1c, ICResNetV1d
 
-__all__ = ["APRPairDataPreProcessor", "PointwiseFuseASPPHead"]
+__all__ = [
+    "APRPairDataPreProcessor",
+    "ICASPPHead",
+    "ICFCNHead",
+    "ICPointwiseFuseASPPHead",
+    "ICResNet",
+    "ICResNetV1c",
+    "ICResNetV1d",
+    "PointwiseFuseASPPHead",
+]

@@ -1,5 +1,6 @@
 """Hooks, one per file."""
 
+from mmbcn.engine.hooks.enorm_hook import ENormHook
 from mmbcn.engine.hooks.label_check_hook import LabelCheckHook
 from mmbcn.engine.hooks.non_finite_hook import NonFiniteHook
 from mmbcn.engine.hooks.norm_guard_hook import NormGuardHook
@@ -13,6 +14,7 @@ from mmbcn.engine.hooks.sync_buffers_hook import SyncBuffersHook
 from mmbcn.engine.hooks.weight_noise_hook import WeightNoiseHook
 
 __all__ = [
+    "ENormHook",
     "LabelCheckHook",
     "NonFiniteHook",
     "NormGuardHook",

@@ -1,0 +1,7 @@
+# Eight blocks are few enough to start with open branches, also without normalization
+_base_ = "./deeplabv3_r18_bn_300_shapes-128x128.py"
+from mmbcn import set_norm
+
+model = set_norm(_base_.model, "none")
+model.backbone.zero_init_residual = False
+custom_hooks = [*_base_.custom_hooks, dict(type="mmbcn.ENormHook")]
