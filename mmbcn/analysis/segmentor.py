@@ -9,7 +9,6 @@ from mmengine.registry import MODELS, DefaultScope
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
-from mmbcn.analysis.images import Batch
 from mmbcn.checkpoints.fit import fit_checkpoint
 
 
@@ -36,7 +35,7 @@ def load_segmentor(
     return model.to(device or get_device()), state
 
 
-def run_heads(model: nn.Module, batch: Batch) -> Any:
+def run_heads(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Run a segmentor on images, its auxiliary heads too, which tests leave out.
 
     Args:
