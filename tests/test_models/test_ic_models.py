@@ -112,10 +112,10 @@ def test_every_convolution_follows_an_ic_layer(cfg, unit):
 
 
 def test_blocks_are_what_they_say():
-    """One block by hand, without dropout."""
+    """Blocks by hand, without dropout."""
     torch.manual_seed(0)
     model = ICResNet(18, base_channels=4, stem_channels=4, norm_cfg=dict(type="IC", drop_rate=0.0))
-    block = model.double().layer2[0]
+    model.double()
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
 
     def bn(x):
@@ -128,8 +128,12 @@ def test_blocks_are_what_they_say():
     def unit(layer, x):
         return conv(layer, bn(x.relu()))
 
-    expected = unit(block.conv2, unit(block.conv1, x)) + unit(block.downsample[2], x)
-    torch.testing.assert_close(block(x), expected)
+    def branch(block):
+        return unit(block.conv2, unit(block.conv1, x))
+
+    same, other = model.layer1[0], model.layer2[0]
+    torch.testing.assert_close(same(x), branch(same) + x)
+    torch.testing.assert_close(other(x), branch(other) + unit(other.downsample[2], x))
 
 
 def test_recomputation_changes_nothing():

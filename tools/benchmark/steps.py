@@ -1,5 +1,7 @@
 """Time training steps of whole DeepLabV3 models with different norms, on random images.
 
+The norm ``enorm`` is ``none`` with a cycle of equalization after each step.
+
 Example:
     python tools/benchmark/steps.py --backbones r18 r50 --norms bn bcn --batch 2 --crop 128 256
 """
@@ -18,6 +20,7 @@ from mmseg.utils import register_all_modules
 
 import mmbcn
 from mmbcn.analysis.environment import environment
+from mmbcn.analysis.equalize import segmentor_equalizer
 
 OUT = ROOT / "tools/benchmark/results/steps"
 HEADING = """# Training steps of DeepLabV3
@@ -49,8 +52,12 @@ def training_step(args: argparse.Namespace, backbone: str, norm: str) -> Callabl
     """One step of a model of its own."""
     torch.manual_seed(0)
     cfg = Config.fromfile(ROOT / f"configs/_base_/models/deeplabv3_{backbone}.py")
-    model = MODELS.build(mmbcn.set_norm(cfg.model, norm)).to(args.device).train()
+    name = "none" if norm == "enorm" else norm
+    model = MODELS.build(mmbcn.set_norm(cfg.model, name)).to(args.device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    if norm == "enorm":
+        equalizer = segmentor_equalizer(model, c=1.0)
+        optimizer.register_step_post_hook(lambda *_: equalizer.cycle(optimizer))
     images = torch.randn(args.batch, 3, *args.crop, device=args.device)
     samples = []
     for _ in range(args.batch):
