@@ -53,5 +53,5 @@ def test_memory_does_not_grow(tiny_config):
     before, after = np.median(memory[warm : 2 * warm]), np.median(memory[-warm:])
     told = f"{before:.1f} MB after the warm-up, {after:.1f} MB at the end"
     assert after <= 1.02 * before, told
-    assert len(set(sampler.tensors)) == 1
+    assert max(sampler.tensors) == sampler.tensors[0]  # those of earlier tests may go
     assert np.isfinite(sampler.losses).all()
