@@ -1,5 +1,8 @@
 """The error that a user can mend, and what to say when the mm packages are missing."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 INSTALL_HINT = (
     "{what} needs {package}. Install one of the two distributions (both provide the import names "
     "mmengine, mmcv and mmseg, so never both in one environment):\n"
@@ -15,3 +18,10 @@ class UsageError(ValueError):
 def missing_package(what: str, package: str) -> ImportError:
     """The error for ``what`` when ``package`` is not installed, with the two ways to get it."""
     return ImportError(INSTALL_HINT.format(what=what, package=package))
+
+
+def nearest(name: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.6) -> str:
+    """A hint at the known name that ``name`` may have been meant to be; else a full stop."""
+    swapped = [other for other in known if sorted(other.lower()) == sorted(name.lower())]
+    close = swapped or get_close_matches(name, known, 1, cutoff)
+    return f"; did you mean {prefix + close[0]!r}?" if close else "."

@@ -6,7 +6,6 @@ weight-standardized too (Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
 
 import inspect
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mmbcn.errors import UsageError
+from mmbcn.errors import UsageError, nearest
 from mmbcn.layers import (
     BCN,
     AffineInstanceNorm,
@@ -56,8 +55,7 @@ def norm_names() -> list[str]:
 def _check_name(name: str) -> tuple[str, bool]:
     """Split a name into the normalization and whether weights are standardized."""
     if name not in norm_names():
-        close = get_close_matches(str(name).lower(), norm_names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
+        hint = nearest(str(name).lower(), norm_names())
         raise UsageError(f"unknown norm {name!r}{hint} Known: {', '.join(norm_names())}")
     return name.removesuffix(_WS), name.endswith(_WS)
 

@@ -114,6 +114,13 @@ def wrong_label(root):
     cv2.imwrite(str(first(root, "annotations")), np.full((48, 48), 200, np.uint8))
 
 
+def other_size(root):
+    import cv2
+
+    cv2.imwrite(str(first(root, "images")), np.zeros((64, 64, 3), np.uint8))
+    cv2.imwrite(str(first(root, "annotations")), np.zeros((64, 64), np.uint8))
+
+
 def no_images(root):
     for path in (root / "images/train").iterdir():
         path.rename(path.with_suffix(".jpeg"))
@@ -370,6 +377,12 @@ CASES = {
         UsageError,
         "tools/dist_train.sh CONFIG NUM_GPUS",
     ),
+    "--launcher without srun": (
+        lambda d: d.train("--launcher", "slurm"),
+        UsageError,
+        "--launcher slurm is for processes that torchrun, srun or mpirun starts",
+        "tools/slurm_train.sh",
+    ),
     "--amp on another wrapper": (
         lambda d: d.train("--amp", changes={"optim_wrapper.type": "ApexOptimWrapper"}),
         UsageError,
@@ -406,6 +419,26 @@ CASES = {
         "or the same --norm",
     ),
     # what a config says
+    "key misspelt": (
+        lambda d: d.options("optim_wraper.optimizer.lr=1"),
+        UsageError,
+        "the config has the key 'optim_wraper', which nothing reads; did you mean 'optim_wrapper'?",
+    ),
+    "letters of a key swapped": (
+        lambda d: d.options("trian_cfg.max_iters=1"),
+        UsageError,
+        "the config has the key 'trian_cfg', which nothing reads; did you mean 'train_cfg'?",
+    ),
+    "scope misspelt": (
+        lambda d: d.train(changes={"default_scope": "mmsegg"}),
+        UsageError,
+        "is known, but in another scope: is it default_scope that is misspelt",
+    ),
+    "half a validation": (
+        lambda d: d.train(changes={"val_cfg": dict(type="ValLoop")}),
+        UsageError,
+        "the config does not fit the runner: val_dataloader, val_cfg, and val_evaluator should be",
+    ),
     "norm_cfg with a misspelt key": (
         lambda d: d.options("model.backbone.norm_cfg.num_group=4"),
         UsageError,
@@ -438,6 +471,28 @@ CASES = {
         UsageError,
         "unexpected keyword argument 'num_class'; did you mean 'num_classes'?",
     ),
+    "depth of no ResNet": (
+        lambda d: d.options("model.backbone.depth=19"),
+        UsageError,
+        "do not fit ResNetV1c: invalid depth 19 for resnet. They are: depth=19, ",
+    ),
+    "strides of another number": (
+        lambda d: d.options("model.backbone.strides=(1,2,1)"),
+        UsageError,
+        "do not fit ResNetV1c: assert len(strides) == len(dilations) == num_stages",
+        "strides=(1, 2, 1)",
+    ),
+    "channels that the backbone has not": (
+        lambda d: d.options("model.decode_head.in_channels=2048"),
+        UsageError,
+        "ASPPHead has in_index=3 and in_channels=2048, but the backbone's stages 0 to 3 have",
+        "8, 16, 32, 64 channels: set both",
+    ),
+    "stage that the backbone has not": (
+        lambda d: d.options("model.auxiliary_head.in_index=4"),
+        UsageError,
+        "FCNHead has in_index=4 and in_channels=32, but the backbone's stages 0 to 3",
+    ),
     "max_iters misspelt": (
         lambda d: d.options("train_cfg.max_iter=5"),
         UsageError,
@@ -460,6 +515,20 @@ CASES = {
         UsageError,
         "type='EmaHook', but no hook is registered under that name; did you mean 'EMAHook'?",
     ),
+    "hook without a type": (
+        lambda d: d.options("default_hooks.chekpoint.interval=2"),
+        UsageError,
+        "a part of the config cannot be built: ",
+        "must contain the key \"type\", but got {'interval': 2}",
+    ),
+    "setting of the checkpoint hook misspelt": (
+        lambda d: d.train(
+            changes={"default_hooks.checkpoint": dict(type="CheckpointHook", intervall=2)}
+        ),
+        UsageError,
+        "do not fit SafeCheckpointHook",
+        "'intervall'; did you mean 'interval'?",
+    ),
     "transform misspelt": (
         lambda d: d.options("train_dataloader.dataset.pipeline.2.type=RandomFlipp"),
         UsageError,
@@ -472,6 +541,18 @@ CASES = {
         "type='AdamWW', but no optimizer is registered",
         "did you mean 'AdamW'?",
     ),
+    "learning rate below zero": (
+        lambda d: d.options("optim_wrapper.optimizer.lr=-1"),
+        UsageError,
+        "do not fit AdamW: Invalid learning rate: -1. They are: ",
+        "lr=-1",
+    ),
+    "learning rate as text": (
+        lambda d: d.options("optim_wrapper.optimizer.lr=1e-3x"),
+        UsageError,
+        "do not fit AdamW: ",
+        "lr='1e-3x'",
+    ),
     "setting of a data loader misspelt": (
         lambda d: d.options("train_dataloader.num_worker=2"),
         UsageError,
@@ -481,12 +562,12 @@ CASES = {
     "batch of none": (
         lambda d: d.options("train_dataloader.batch_size=0"),
         UsageError,
-        "the data loader's settings: batch_size should be a positive integer value, but got batch",
+        "do not fit DataLoader: batch_size should be a positive integer value, but got batch",
     ),
     "persistent workers without workers": (
         lambda d: d.options("train_dataloader.persistent_workers=True"),
         UsageError,
-        "the data loader's settings: persistent_workers option needs num_workers > 0",
+        "do not fit DataLoader: persistent_workers option needs num_workers > 0",
     ),
     "no images to draw": (
         lambda d: d.options("train_dataloader.dataset.num_images=0"),
@@ -545,6 +626,12 @@ CASES = {
         UsageError,
         "48x40 pixels (height x width), but its image",
         ".jpg has 48x48. They must be of one size",
+    ),
+    "images of a batch of different sizes": (
+        lambda d: d.camvid(other_size),
+        UsageError,
+        "the images of a batch differ in size",
+        "padded to model.data_preprocessor.size",
     ),
     "label outside the classes": (
         lambda d: d.camvid(wrong_label),

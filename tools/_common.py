@@ -12,6 +12,9 @@ from mmbcn.engine.config_check import check_keys
 from mmbcn.errors import UsageError
 from mmbcn.norms import norm_names, set_norm
 
+# of each launcher, a variable that its processes have
+_RANK = dict(pytorch="RANK", slurm="SLURM_PROCID", mpi="OMPI_COMM_WORLD_LOCAL_RANK")
+
 
 class _Overrides(DictAction):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
@@ -42,9 +45,7 @@ def add_config_args(
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of training and testing."""
     parser.add_argument("--work-dir", help="where to save (default: work_dirs/<config stem>)")
-    parser.add_argument(
-        "--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="of jobs"
-    )
+    parser.add_argument("--launcher", choices=["none", *_RANK], default="none", help="of jobs")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=0, help="set by launchers"
     )
@@ -89,10 +90,11 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def read_run_config(args: argparse.Namespace) -> Config:
     """The config of a training or test run by `NormRunner`."""
-    if args.launcher == "pytorch" and "RANK" not in os.environ:
+    if args.launcher != "none" and _RANK[args.launcher] not in os.environ:
         raise UsageError(
-            "--launcher pytorch is for processes that torchrun starts; on one machine: "
-            "tools/dist_train.sh CONFIG NUM_GPUS (or dist_test.sh), for one process no --launcher"
+            f"--launcher {args.launcher} is for processes that torchrun, srun or mpirun starts: "
+            "tools/dist_train.sh CONFIG NUM_GPUS (or dist_test.sh), tools/slurm_train.sh. For one "
+            "process no --launcher"
         )
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args)

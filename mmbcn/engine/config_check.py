@@ -3,15 +3,23 @@
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mmbcn.errors import UsageError
+from mmengine.runner import Runner
+
+from mmbcn.errors import UsageError, nearest
 from mmbcn.norms import find_class
 
 _FOR_ALL = ("type", "requires_grad")  # what mmcv's build_norm_layer takes itself
 _CHANNELS = ("num_features", "num_channels", "normalized_shape")  # what the network fills in
+_BESIDE = (
+    "allow_partial",
+    "custom_imports",
+    "find_unused_parameters",
+    "runner_type",
+    "trust_pickle",
+)
 _OF = dict(
     train=("train_dataloader", "train_cfg", "optim_wrapper"),
     val=("val_dataloader", "val_cfg", "val_evaluator"),
@@ -32,6 +40,19 @@ def check_keys(cfg: Mapping[str, Any], split: str | None = None) -> None:
             f"the config has no {', '.join(missing)}; is it a fragment of a config, from _base_? "
             "configs/README.md lists those that can be run"
         )
+
+
+def check_names(cfg: Mapping[str, Any]) -> None:
+    """Check that no key of a config is a misspelt one of the runner's: nothing would read it.
+
+    Raises:
+        UsageError: names the key, and the one that was probably meant.
+    """
+    known = [*inspect.signature(Runner.__init__).parameters, *_BESIDE]
+    for key in cfg:
+        hint = nearest(key, known, cutoff=0.91)
+        if key not in known and hint != ".":
+            raise UsageError(f"the config has the key {key!r}, which nothing reads{hint}")
 
 
 def check_not_sharded(cfg: Mapping[str, Any]) -> None:
@@ -89,10 +110,8 @@ def check_norm_cfgs(model_cfg: Mapping[str, Any]) -> None:
             raise UsageError(f"{place} needs {', '.join(missing)} for {cls.__name__}")
         for key in norm_cfg:
             if key not in known:
-                close = get_close_matches(key, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UsageError(
-                    f"{place} has the unknown key {key!r}{hint} "
+                    f"{place} has the unknown key {key!r}{nearest(key, known)} "
                     f"{cls.__name__} knows: {', '.join(known)}"
                 )
 

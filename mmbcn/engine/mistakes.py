@@ -3,19 +3,25 @@
 import errno
 import inspect
 import re
+import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from types import TracebackType
 from typing import Any
 
-from mmbcn.engine.data_check import no_images
-from mmbcn.errors import UsageError
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from torch.utils.data import DataLoader
 
-_SETTINGS = re.compile(r"(\w+)\.__init__\(\) (?:missing|got an unexpected .*'(\w+)')")
-_BUILDING = ("build_from_cfg", "build_dataloader")  # functions that read a config
+from mmbcn.engine.data_check import no_images
+from mmbcn.errors import UsageError, nearest
+
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SETTINGS = re.compile(r"\w+\.__init__\(\) (?:missing|got an unexpected .*'(\w+)')")
+_BUILDING = ("build_from_cfg", "build_dataloader")  # functions that read a config
 _UNKNOWN = re.compile(r"(\S+) is not in the .+ registry|Cannot find \S+ in registry")
+_PACKAGES = ("mmbcn", "mmcv", "mmengine", "mmseg", "torch")  # whose classes check their settings
+_SHOWN = 300  # characters of settings
 
 
 @contextmanager
@@ -26,14 +32,7 @@ def explained() -> Iterator[None]:
     except UsageError as error:
         inside = str(error).rpartition("mmbcn.errors.UsageError: ")[2].strip()
         raise UsageError(inside) from error  # without the traceback of a worker process
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
-            raise
-        raise UsageError(  # for a log or a picture: checkpoints have a message of their own
-            f"{error.strerror}. Checkpoints are untouched. Make room where the work_dir is, then "
-            "repeat the command (train.py: with --resume)"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         text = _explain(error)
         if text is None:
             raise
@@ -41,37 +40,42 @@ def explained() -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str | None:
-    text = str(error.args[0]) if error.args else ""
+    text = str(error.args[0]) if len(error.args) == 1 else str(error)
     frames = list(_frames(error.__traceback__))
+    if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+        return (  # for a log or a picture: checkpoints have a message of their own
+            f"{error.strerror}. Checkpoints are untouched. Make room where the work_dir is, then "
+            "repeat the command (train.py: with --resume)"
+        )
     if "more than 1 value per channel" in text:
         return (
             f"{text}\nBatchNorm cannot train on one value per channel (DeepLabV3's image pooling "
             "at batch size 1): use --norm bcn, microbcn or gn, or a larger batch"
+        )
+    if "stack expects each tensor to be equal size" in text:
+        return (
+            f"the images of a batch differ in size: {text}. A batch is padded to "
+            "model.data_preprocessor.size (or size_divisor), which should be the crop size"
         )
     module = frames[-1].f_globals.get("__name__", "")
     if module.startswith("mmbcn.layers"):
         return text  # our own checks say what to do
     if "need at least one array to concatenate" in text and "self" in frames[-1].f_locals:
         return no_images(frames[-1].f_locals["self"])  # mmengine's way to say it
-    building = [f for f in frames if f.f_code.co_name in _BUILDING]
-    if building and module.startswith("torch.utils.data"):
-        return f"the data loader's settings: {text}"
-    unknown, settings = _UNKNOWN.match(text), _SETTINGS.match(text)
     if "None is not a callable" in text:  # mmengine's constructor of optimizers
         unset = [f for f in frames if f.f_locals.get("optimizer_cls", f) is None]
         return _unknown_type(unset[0].f_locals["optimizer_cfg"]["type"], unset) if unset else None
+    unknown = _UNKNOWN.match(text)
     if unknown:
         # mmcv's own message says "None" where the name should be
         return _unknown_type(unknown[1] or frames[-1].f_locals.get("layer_type", "?"), frames)
-    if building and settings:
-        return _wrong_settings(text, *settings.groups(), frames)
-    return None
+    return _unfit(error, text, frames) or _unfit_head(frames) or _unfit_runner(text, frames[-1])
 
 
-def _frames(traceback: TracebackType | None) -> Iterator[Any]:
-    while traceback:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next
+def _frames(link: TracebackType | None) -> Iterator[Any]:
+    while link:
+        yield link.tb_frame
+        link = link.tb_next
 
 
 def _unknown_type(name: str, frames: list[Any]) -> str:
@@ -79,21 +83,46 @@ def _unknown_type(name: str, frames: list[Any]) -> str:
     root = registry.root
     known = [key for r in (registry, root, *root.children.values()) for key in r.module_dict]
     scope, dot, short = name.rpartition(".")
+    if short in known:
+        return (
+            f"the config's type={name!r} is known, but in another scope: is it default_scope that "
+            "is misspelt or missing? Or write the scope before the type, as in 'mmseg.ASPPHead'"
+        )
     return (
         f"the config has type={name!r}, but no {registry.name} is registered under that name"
-        f"{_nearest(short, known, scope + dot)} Check its spelling, or import the module that "
+        f"{nearest(short, known, scope + dot)} Check its spelling, or import the module that "
         "registers it: custom_imports=dict(imports=['its.module'])"
     )
 
 
-def _wrong_settings(text: str, name: str, key: str | None, frames: list[Any]) -> str:
-    built = [frame.f_locals.get("obj_cls") for frame in frames]
-    classes = [cls for cls in (*built, frames[-1].f_globals.get(name)) if inspect.isclass(cls)]
-    known = [p for cls in classes[-1:] for base in cls.__mro__ for p in _parameters(base)]
+def _unfit(error: Exception, text: str, frames: list[Any]) -> str | None:
+    """Settings that a class refuses while it is built from them."""
+    building = [frame.f_locals for frame in frames if frame.f_code.co_name in _BUILDING]
+    if not building:
+        return None
+    local = building[-1]
+    cls = local.get("obj_cls", DataLoader if "dataloader_cfg" in local else None)
+    if cls is None:  # not even a type is given
+        return f"a part of the config cannot be built: {text}. Is the key before it misspelt?"
+    match = _SETTINGS.match(text)
+    if not match and getattr(cls, "__module__", "").partition(".")[0] not in _PACKAGES:
+        return None  # a class of the user's, which may have a fault
+    if not text:  # of an assertion
+        text = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    name = local.get("obj_type", cls)
+    name = name if isinstance(name, str) else name.__name__
+    args = local.get("args", local.get("dataloader_cfg"))
+    given = ", ".join(f"{k}={v!r}" for k, v in args.items() if _is_plain(v))
+    known = [key for base in getattr(cls, "__mro__", [cls]) for key in _parameters(base)]
+    hint = nearest(match[1] or "", known) if match else "."
     return (
-        f"the config's settings do not fit {name}: {text}{_nearest(key or '', known)} "
-        f"Check the keys beside type={name!r}"
+        f"the config's settings do not fit {name}: {text.rstrip('.')}{hint} They are: "
+        f"{textwrap.shorten(given, _SHOWN)}"
     )
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, list, tuple))
 
 
 def _parameters(cls: type) -> list[str]:
@@ -103,7 +132,27 @@ def _parameters(cls: type) -> list[str]:
         return []
 
 
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    swapped = [other for other in known if sorted(other.lower()) == sorted(name.lower())]
-    close = swapped or get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix + close[0]!r}?" if close else "."
+def _unfit_head(frames: list[Any]) -> str | None:
+    """A head that takes other channels than the backbone gives."""
+    for local in (frame.f_locals for frame in frames):
+        head, stages = local.get("self"), local.get("inputs")
+        if not isinstance(head, BaseDecodeHead) or not isinstance(stages, (list, tuple)):
+            continue
+        channels = [stage.shape[1] for stage in stages]
+        index = head.in_index
+        if isinstance(index, int) and channels[index : index + 1] != [head.in_channels]:
+            return (
+                f"{type(head).__name__} has in_index={index} and in_channels={head.in_channels}, "
+                f"but the backbone's stages 0 to {len(channels) - 1} have "
+                f"{', '.join(map(str, channels))} channels: set both, of decode_head and "
+                "auxiliary_head, to fit the backbone"
+            )
+    return None
+
+
+def _unfit_runner(text: str, frame: Any) -> str | None:
+    """Settings that mmengine's runner refuses itself; not what a hook raises."""
+    inside = frame.f_globals.get("__name__") == "mmengine.runner.runner"
+    if not inside or frame.f_code.co_name == "call_hook":
+        return None
+    return f"the config does not fit the runner: {textwrap.shorten(text, _SHOWN)}"

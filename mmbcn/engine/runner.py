@@ -20,6 +20,7 @@ from mmbcn.checkpoints.read import check_file
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.engine.config_check import (
     check_keys,
+    check_names,
     check_norm_cfgs,
     check_not_sharded,
     check_work_dir,
@@ -64,6 +65,7 @@ class NormRunner(Runner):
         """Build the runner from a config, switched by its key ``norm``."""
         cfg = copy.deepcopy(cfg)
         check_keys(cfg)
+        check_names(cfg)
         check_not_sharded(cfg)
         if cfg.get("norm"):
             set_norm(cfg["model"], cfg["norm"])

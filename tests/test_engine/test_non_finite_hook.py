@@ -99,6 +99,9 @@ def test_learning_rate_far_too_high(tiny_config):
     assert "learning rate 1e+30" in text
     assert re.search(r"up to \d\.\d+e\+(2|3)\d \(\w+\.", text)
     assert "lower the learning rate" in text
+    option = re.search(r"clip gradients \((\S+)=(\d+)\)", text)
+    cfg = tiny_config(iters=1, **{option[1]: int(option[2])})  # as --cfg-options does
+    RUNNERS.build(cfg).train()
 
 
 def test_the_faulty_step_does_not_reach_the_weights_and_the_second_pass_moves_no_statistics(

@@ -1,6 +1,7 @@
 """Jobs of two processes, as tools/dist_train.sh starts them: one rank dies, or is asked to end."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -35,8 +36,8 @@ def job(cfg, *args):
     return done.returncode, done.stdout, time.monotonic() - begin
 
 
-def config(work_dir, **fault):
-    cfg = tiny_config(work_dir, iters=6)
+def config(work_dir, workers=0, **fault):
+    cfg = tiny_config(work_dir, iters=6, workers=workers)
     cfg.pop("norm", None)
     cfg.env_cfg.dist_cfg.backend = "gloo"
     cfg.custom_hooks = [dict(type="training.Fault", **fault)] if fault else []
@@ -51,10 +52,28 @@ def test_dying_rank_ends_the_job(tmp_path, rank):
     assert seconds < 60, seconds  # with the start of the processes
 
 
-def test_one_rank_is_asked_to_end(tmp_path):
-    """Both stop after the same iteration; resumed, the job ends as if it had not been stopped."""
-    code, out, _ = job(config(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted job ends with."""
+    work = tmp_path_factory.mktemp("ranks") / "whole"
+    code, out, _ = job(config(work))
     assert code == 0, out[-3000:]
+    return saved(work, 6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_job_that_died_is_resumed_bit_by_bit(tmp_path, whole, workers):
+    """Each rank has generators, statistics and a data order of its own."""
+    code, out, _ = job(config(tmp_path / "died", workers, what="SIGKILL", iters=5, rank=1))
+    assert code != 0
+    code, out, _ = job(config(tmp_path / "died", workers), "--resume")
+    assert code == 0, out[-3000:]
+    assert re.search("resumed epoch: 0, iter: [34]", out)
+    assert_identical(saved(tmp_path / "died", 6), whole)
+
+
+def test_one_rank_is_asked_to_end(tmp_path, whole):
+    """Both stop after the same iteration; resumed, the job ends as if it had not been stopped."""
     code, out, _ = job(config(tmp_path / "asked", what="SIGTERM", iters=4, rank=1))
     assert code != 0
     assert f"Asked to end (SIGTERM) after iteration 4; saved: {tmp_path}/asked/iter_4.pth" in out
@@ -62,4 +81,4 @@ def test_one_rank_is_asked_to_end(tmp_path):
     code, out, _ = job(config(tmp_path / "asked"), "--resume")
     assert code == 0, out[-3000:]
     assert "resumed epoch: 0, iter: 4" in out
-    assert_identical(saved(tmp_path / "asked", 6), saved(tmp_path / "whole", 6))
+    assert_identical(saved(tmp_path / "asked", 6), whole)

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("mmseg")
 
 from mmbcn.checkpoints.write import whole_file
+from mmbcn.engine import SafeCheckpointHook
 from mmbcn.engine.saving import check_resumable, find_checkpoint
 from mmbcn.errors import UsageError
 
@@ -117,3 +118,9 @@ def test_foreign_checkpoint_is_refused_by_name(tmp_path, key):
     torch.save(content, path)
     with pytest.raises(UsageError, match=rf"resnet50\.pth: it has no .*{key}"):
         check_resumable(path)
+
+
+def test_metric_that_no_validation_has():
+    hook = SafeCheckpointHook(save_best="mIoUU")
+    with pytest.raises(UsageError, match=r"save_best='mIoUU'.*did you mean 'mIoU'\? It has"):
+        hook._save_best_checkpoint(None, dict(mIoU=1.0, aAcc=2.0))

@@ -7,6 +7,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 
 from mmbcn.checkpoints.write import whole_file
+from mmbcn.errors import UsageError, nearest
 from mmbcn.registry import HOOKS
 
 
@@ -36,7 +37,15 @@ class SafeCheckpointHook(CheckpointHook):
     All ranks get the event ``before_checkpoint`` first, for hooks that collect something from them.
 
     Args: those of mmengine's hook.
+
+    Raises:
+        UsageError: ``save_best`` is no metric of the validation.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for key in self.args:  # mmengine takes any, and fails on them when it first saves
+            raise TypeError(f"CheckpointHook.__init__() got an unexpected keyword argument {key!r}")
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         outdated = None
@@ -63,7 +72,6 @@ class SafeCheckpointHook(CheckpointHook):
             meta=meta,
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
-            **self.args,
         )
         if is_main_process():
             pointer = Path(runner.work_dir, "last_checkpoint")
@@ -82,6 +90,12 @@ class SafeCheckpointHook(CheckpointHook):
         return self.last_ckpt
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
+        for key in self.save_best or ():
+            if key not in ("auto", *metrics):
+                raise UsageError(
+                    f"the checkpoint hook has save_best={key!r}, which is no metric of the "
+                    f"validation{nearest(key, list(metrics))} It has: {', '.join(metrics)}"
+                )
         backend = self.file_backend
         self.file_backend = later = _RemoveLater(backend)
         try:
