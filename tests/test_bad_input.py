@@ -360,6 +360,17 @@ CASES = {
         "--cfg-options takes KEY=VALUE",
         "got 'train_cfg.max_iters'",
     ),
+    "--cfg-options with a dict": (
+        lambda d: d.options("custom_hooks=[dict(type='EMAHook',momentum=0.1)]"),
+        SystemExit,
+        "--cfg-options cannot read custom_hooks=[dict(",
+        "one by one, KEY.ENTRY=VALUE",
+    ),
+    "--cfg-options with half a list": (
+        lambda d: d.options("model.backbone.strides=[1,2"),
+        SystemExit,
+        "--cfg-options cannot read model.backbone.strides=[1,2",
+    ),
     "--cfg-options into a list": (
         lambda d: d.options("train_dataloader.dataset.pipeline.9.prob=1"),
         UsageError,

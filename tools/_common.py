@@ -26,7 +26,13 @@ class _Overrides(DictAction):
             parser.error(
                 f"--cfg-options takes KEY=VALUE, without spaces around =; got {wrong[0]!r}"
             )
-        super().__call__(parser, *args, **kwargs)
+        try:
+            super().__call__(parser, *args, **kwargs)
+        except (AssertionError, RecursionError):
+            parser.error(
+                f"--cfg-options cannot read {' '.join(args[1])}: give lists as KEY=[A,B], and the "
+                "entries of a dict one by one, KEY.ENTRY=VALUE"
+            )
 
 
 def add_config_args(

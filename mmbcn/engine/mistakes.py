@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch.utils.data import DataLoader
 
 from mmbcn.engine.data_check import no_images
@@ -136,11 +135,11 @@ def _unfit_head(frames: list[Any]) -> str | None:
     """A head that takes other channels than the backbone gives."""
     for local in (frame.f_locals for frame in frames):
         head, stages = local.get("self"), local.get("inputs")
-        if not isinstance(head, BaseDecodeHead) or not isinstance(stages, (list, tuple)):
+        index = getattr(head, "in_index", None)
+        if not isinstance(index, int) or not isinstance(stages, (list, tuple)):
             continue
         channels = [stage.shape[1] for stage in stages]
-        index = head.in_index
-        if isinstance(index, int) and channels[index : index + 1] != [head.in_channels]:
+        if channels[index : index + 1] != [head.in_channels]:
             return (
                 f"{type(head).__name__} has in_index={index} and in_channels={head.in_channels}, "
                 f"but the backbone's stages 0 to {len(channels) - 1} have "
