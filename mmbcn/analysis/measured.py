@@ -5,12 +5,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from mmbcn.analysis.singularity import Singularity
+from mmbcn.analysis.comparison.scalars import read_scalars
+from mmbcn.analysis.singularity import MEASURES, Singularity, mean_measures
+from mmbcn.analysis.tables import import_pandas
 from mmbcn.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,45 @@ def label_all(models: Sequence[Measured]) -> dict[str, Measured]:
     return dict(zip(names, models, strict=True))
 
 
-def runs_of(models: Mapping[str, Measured]) -> dict[str, dict[int, Singularity]]:
-    """The models of each folder by iteration, in order; of folders with several iterations."""
-    runs: dict[str, dict[int, Singularity]] = {}
-    for model in models.values():
+Run = dict[int, dict[str, float]]  # iteration -> measure -> mean of the layers
+
+
+def runs_of_checkpoints(models: Sequence[Measured]) -> dict[str, Run]:
+    """The models of each folder by iteration; of folders with several iterations."""
+    runs: dict[str, Run] = {}
+    for model in models:
         if model.iteration is not None:
-            runs.setdefault(str(Path(model.source).parent), {})[model.iteration] = model.found
-    runs = {k: dict(sorted(v.items())) for k, v in runs.items() if len(v) > 1}
-    short = {k: Path(k).name or k for k in runs}
-    unique = len({*short.values()}) == len(runs)
-    return {short[k] if unique else k: v for k, v in runs.items()}
+            run = runs.setdefault(str(Path(model.source).parent), {})
+            run[model.iteration] = mean_measures(model.found.layers)
+    return {k: dict(sorted(v.items())) for k, v in runs.items() if len(v) > 1}
 
 
-def tables(models: Mapping[str, Measured]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run_of_hook(work_dir: Path) -> Run:
+    """What ``SingularityHook`` logged in a training.
+
+    Raises:
+        UsageError: it logged nothing there.
+    """
+    names = {key: f"singularity/{key}" for key in MEASURES}
+    points = read_scalars(work_dir, names[MEASURES[0]])
+    if not points:
+        raise UsageError(
+            f"{work_dir} has no scalars of SingularityHook. Train with --cfg-options "
+            "default_hooks.singularity.type=mmbcn.SingularityHook, or give checkpoints"
+        )
+    return {p["step"]: {key: p[name] for key, name in names.items()} for p in points}
+
+
+def tables(models: Mapping[str, Measured]) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """The rows of all layers, and of all channels; the first column is the model's name."""
 
-    def stack(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
-        return pd.concat(frames, names=["model"]).reset_index("model").reset_index(drop=True)
+    def stack(frames: "dict[str, pd.DataFrame]") -> "pd.DataFrame":
+        return (
+            import_pandas()
+            .concat(frames, names=["model"])
+            .reset_index("model")
+            .reset_index(drop=True)
+        )
 
     return (
         stack({name: model.found.table() for name, model in models.items()}),

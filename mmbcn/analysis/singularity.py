@@ -26,6 +26,7 @@ from mmbcn.analysis.borrowed import Forward, Progress, default_forward, evaluati
 from mmbcn.analysis.channel_affine import channel_affine
 from mmbcn.analysis.moments import ChannelMoments
 from mmbcn.analysis.relu_inputs import ReluInputs, find_norms
+from mmbcn.analysis.tables import import_pandas
 from mmbcn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Singularity:
 
     def table(self) -> "pd.DataFrame":
         """A row for each layer: layer, norm, channels, values, and the measures."""
-        return _frame(self._rows())
+        return import_pandas().DataFrame(self._rows())
 
     def channels(self) -> "pd.DataFrame":
         """A row for each channel: layer, channel, mean, std, active, kl."""
@@ -109,7 +110,7 @@ class Singularity:
             for channel, values in enumerate(torch.stack(columns, 1).tolist()):
                 row = dict(zip(("mean", "std", "active", "kl"), values, strict=True))
                 rows.append(dict(layer=layer.name, channel=channel, **row))
-        return _frame(rows)
+        return import_pandas().DataFrame(rows)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain types, for JSON; what is not finite is None."""
@@ -245,14 +246,6 @@ def _statistics(
 def _kl(mean: Tensor, var: Tensor) -> Tensor:
     """KL(N(mean, var) || N(0, 1))."""
     return (var + mean.square() - 1 - var.log()) / 2
-
-
-def _frame(rows: list[dict[str, Any]]) -> "pd.DataFrame":
-    try:
-        import pandas as pd
-    except ModuleNotFoundError:
-        raise UsageError("tables need pandas: pip install pandas") from None
-    return pd.DataFrame(rows)
 
 
 def _column(values: list[float | None]) -> Tensor:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmbcn.analysis.singularity import DEAD, MEASURES, Singularity, mean_measures
+from mmbcn.analysis.singularity import DEAD, MEASURES, Singularity
 
 LABELS = dict(
     sigma_mu=r"$\sigma_\mu$",
@@ -91,14 +91,14 @@ def draw_depth(models: Mapping[str, Singularity]) -> Figure:
     return figure
 
 
-def draw_curves(runs: Mapping[str, Mapping[int, Singularity]]) -> Figure:
+def draw_curves(runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Figure:
     """Each measure's mean over the layers, over the iterations of each run."""
     figure = Figure((9.0, 5.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).ravel()
     for (label, run), color in zip(runs.items(), _colors(len(runs)), strict=True):
-        means = [mean_measures(found.layers) for found in run.values()]
         for ax, key in zip(axes, MEASURES, strict=True):
-            ax.plot(list(run), [m[key] for m in means], "o-", color=color, label=label)
+            values = [means[key] for means in run.values()]
+            ax.plot(list(run), values, "o-", color=color, markersize=3.5, label=label)
     for ax, key in zip(axes, MEASURES, strict=True):
         ax.set_title(f"{LABELS[key]}, mean of the layers", fontsize=9)
         ax.set_ylim(bottom=0)

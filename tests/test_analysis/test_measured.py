@@ -10,7 +10,15 @@ pytest.importorskip("mmseg")
 pytest.importorskip("pandas")
 
 from mmbcn.analysis import LayerSingularity, Singularity
-from mmbcn.analysis.measured import Measured, label_all, read_measured, runs_of, tables
+from mmbcn.analysis.measured import (
+    Measured,
+    label_all,
+    read_measured,
+    run_of_hook,
+    runs_of_checkpoints,
+    tables,
+)
+from mmbcn.analysis.singularity import MEASURES
 from mmbcn.analysis.singularity_figures import (
     draw_channels,
     draw_curves,
@@ -51,12 +59,29 @@ def test_runs_are_folders_with_several_iterations():
         measured("a/v/iter_5.pth", 5),
         measured("a/u/best.pth", None),
     ]
-    runs = runs_of(label_all(models))
-    assert list(runs) == ["w"]
-    assert list(runs["w"]) == [3, 20]
-    assert runs["w"][3] is models[1].found
-    models += [measured("b/w/iter_3.pth", 3), measured("b/w/iter_4.pth", 4)]
-    assert list(runs_of(label_all(models))) == ["a/w", "b/w"]
+    runs = runs_of_checkpoints(models)
+    assert list(runs) == ["a/w"]
+    assert list(runs["a/w"]) == [3, 20]
+    sigmas = [v.sigma_mu for v in models[1].found.layers]
+    assert runs["a/w"][3]["sigma_mu"] == pytest.approx(sum(sigmas) / 2)
+
+
+def test_run_of_the_hook(tmp_path):
+    lines = [dict(loss=1.0, step=10)]
+    for step, value in ((10, 1.0), (20, 2.0)):
+        means = {f"singularity/{k}": value + i for i, k in enumerate(MEASURES)}
+        lines.append({**means, "singularity/backbone.bn1/kl": 9.0, "step": step})
+    path = tmp_path / "20260101_000000/vis_data/scalars.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    run = run_of_hook(tmp_path)
+    assert run == {
+        10: dict(sigma_mu=1.0, sigma_sigma=2.0, dead=3.0, kl=4.0),
+        20: dict(sigma_mu=2.0, sigma_sigma=3.0, dead=4.0, kl=5.0),
+    }
+    path.write_text(json.dumps(lines[0]))
+    with pytest.raises(UsageError, match="has no scalars of SingularityHook"):
+        run_of_hook(tmp_path)
 
 
 def test_file_gives_back_what_was_written(tmp_path):
@@ -116,7 +141,8 @@ def test_spreads_depth_and_curves():
     models = {f"m{i}": measured(seed=i, layers=["a", "b"][: 1 + i % 2]).found for i in range(12)}
     spreads = draw_spreads(models)
     depth = draw_depth(models)
-    curves = draw_curves({"run": {3: models["m1"], 20: models["m3"]}, "other": {1: models["m5"]}})
+    means = [dict(zip(MEASURES, row, strict=True)) for row in np.arange(12.0).reshape(3, 4)]
+    curves = draw_curves({"run": {3: means[0], 20: means[1]}, "other": {1: means[2]}})
     for figure in (spreads, depth, curves):
         figure.draw_without_rendering()
     wanted = [(v.sigma_mu, v.sigma_sigma) for found in models.values() for v in found.layers]
@@ -129,5 +155,4 @@ def test_spreads_depth_and_curves():
     assert [t.get_text() for t in depth.axes[-1].get_xticklabels()] == ["a", "b"]
     line = curves.axes[2].get_lines()[0]
     assert list(line.get_xdata()) == [3, 20]
-    expected = [np.mean([v.dead for v in models[m].layers]) for m in ("m1", "m3")]
-    np.testing.assert_allclose(line.get_ydata(), expected)
+    assert list(line.get_ydata()) == [2, 6]

@@ -117,6 +117,7 @@ def test_other_norms_and_mistakes(tmp_path, cfg):
         ([tmp_path / "none.pth"], "error: there is no checkpoint"),
         ([tmp_path / "none.json"], "is no singularity.json that can be read (No such file"),
         ([earlier, earlier], "is given twice"),
+        ([tmp_path], "has no scalars of SingularityHook"),
         ([path, "--num-images", 0], "error: --num-images must be 1 or more"),
         ([path, "--device", "cuda:99"], "error: --device cuda:99: "),
     ]:

@@ -24,6 +24,7 @@ from mmbcn.analysis.files import write_figure, write_json
 from mmbcn.analysis.paper.experiments import Task
 from mmbcn.analysis.paper.figures import draw_perturbed, draw_trained
 from mmbcn.analysis.paper.patches import Patches, cut_patches
+from mmbcn.analysis.tables import import_pandas
 
 CONFIG = ROOT / "configs/deeplabv3/deeplabv3_r18_bn_300_shapes-128x128.py"
 
@@ -51,6 +52,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Cut the patches, train, write."""
     args = parse_args()
+    import_pandas()  # so that it is missed now, not at the end
     cfg = read_config(args)
     where = environment()  # of now: the source may change meanwhile
     with progress_bar("reading", "images") as update:

@@ -2,9 +2,10 @@
 
 Of every norm layer that a ReLU follows. Writes in the folder --out: channels_*.png, the channels
 as points (mean, std); spreads.png, sigma_mu against sigma_sigma of each layer; depth.png, each
-measure and the share of dead channels over the depth; curves.png, over the training, where
-checkpoints of one run are given; layers.csv, channels.csv and singularity.json. That file, of
-another config or norm, may be given in place of a checkpoint, to be drawn beside.
+measure and the share of dead channels over the depth; layers.csv, channels.csv and
+singularity.json. That file, of another config or norm, may be given in place of a checkpoint, to
+be drawn beside. curves.png, over the training, is made of the checkpoints of one folder, and of
+what SingularityHook logged in a work_dir, where that folder is given.
 
 Example:
     python tools/analysis/singularity.py CONFIG work_dirs/NAME/iter_*.pth --out work_dirs/NAME/es
@@ -23,7 +24,14 @@ from mmengine.device import get_device
 
 from mmbcn.analysis.files import write_csv, write_figure, write_json
 from mmbcn.analysis.images import SplitImages
-from mmbcn.analysis.measured import Measured, label_all, read_measured, runs_of, tables
+from mmbcn.analysis.measured import (
+    Measured,
+    label_all,
+    read_measured,
+    run_of_hook,
+    runs_of_checkpoints,
+    tables,
+)
 from mmbcn.analysis.segmentor import load_segmentor, run_heads
 from mmbcn.analysis.singularity import Singularity, measure_singularity
 from mmbcn.analysis.singularity_figures import (
@@ -32,6 +40,7 @@ from mmbcn.analysis.singularity_figures import (
     draw_depth,
     draw_spreads,
 )
+from mmbcn.analysis.tables import import_pandas
 from mmbcn.checkpoints.fetch import fetch
 from mmbcn.checkpoints.read import read_checkpoint
 from mmbcn.datasets.doctor.part import SPLITS
@@ -48,10 +57,10 @@ def parse_args() -> argparse.Namespace:
     add_config_args(parser)
     add = parser.add_argument
     add(
-        "checkpoints",
+        "sources",
         nargs="+",
         metavar="checkpoint",
-        help="checkpoint file or URL, or a singularity.json",
+        help="checkpoint file or URL, a singularity.json, or a work_dir with the hook's scalars",
     )
     add("--out", type=Path, help="folder of results (default: work_dirs/<config stem>_singularity)")
     add("--split", choices=SPLITS, default="train", help="whose images, unlabelled (%(default)s)")
@@ -70,24 +79,35 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
+    import_pandas()  # so that it is missed now, not at the end
     cfg = read_config(args)
     check_keys(cfg)
     device = check_device(args.device or get_device())
-    models = []
-    for source in args.checkpoints:
-        if source.endswith(".json"):
+    out = args.out or Path(f"work_dirs/{Path(args.config).stem}_singularity")
+    models, logged = [], {}
+    for source in args.sources:
+        if Path(source).is_dir():
+            logged[f"{source}, while training"] = run_of_hook(Path(source))
+        elif source.endswith(".json"):
             models += read_measured(Path(source))
         else:
             models.append(measure(args, cfg, source, device))
+    runs = runs_of_checkpoints(models) | logged
+    paths = write_models(models, out) if models else []
+    if runs:
+        paths.append(write_figure(draw_curves(runs), out / "curves.png"))
+    print("written: " + ", ".join(map(str, paths)))
+
+
+def write_models(models: list[Measured], out: Path) -> list[Path]:
+    """Print and write what was measured of the models."""
     labelled = label_all(models)
-    out = args.out or Path(f"work_dirs/{Path(args.config).stem}_singularity")
+    found = {name: model.found for name, model in labelled.items()}
     layers, channels = tables(labelled)
     print(layers.to_string(index=False, float_format="{:.4f}".format))
-    for name, model in labelled.items():
-        print(f"{name}: {outcome(model.found)}")
-    found = {name: model.found for name, model in labelled.items()}
-    runs = runs_of(labelled)
-    paths = [
+    for name, own in found.items():
+        print(f"{name}: {outcome(own)}")
+    return [
         write_json(dict(models=[m.as_dict() for m in models]), out / "singularity.json"),
         write_csv(layers, out / "layers.csv"),
         write_csv(channels, out / "channels.csv"),
@@ -98,9 +118,6 @@ def main() -> None:
             for name, v in found.items()
         ),
     ]
-    if runs:
-        paths.append(write_figure(draw_curves(runs), out / "curves.png"))
-    print("written: " + ", ".join(map(str, paths)))
 
 
 def check_device(name: str) -> str:

@@ -1,22 +1,25 @@
 """The figures of the two experiments."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmbcn.analysis.comparison.figures import color_of
+from mmbcn.analysis.tables import import_pandas
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MARKS = dict(marker="o", markersize=3.5, linewidth=1.5)
 
 
 def draw_perturbed(rows: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy against the planted spread of the means, and against the share of dead channels."""
-    table = pd.DataFrame(rows)
+    table = import_pandas().DataFrame(rows)
     figure, axes = _panels(3)
     stds = sorted(table["planted_sigma_sigma"].unique())
     for i, sigma_sigma in enumerate(stds):
@@ -34,7 +37,7 @@ def draw_perturbed(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def draw_trained(rows: Sequence[dict[str, Any]]) -> Figure:
     """The distance from BatchNorm's statistics over the epochs, and the paths in its two axes."""
-    table = pd.DataFrame(rows)
+    table = import_pandas().DataFrame(rows)
     figure, axes = _panels(3)
     for norm, own in table.groupby("norm", sort=False):
         look = dict(
@@ -44,21 +47,20 @@ def draw_trained(rows: Sequence[dict[str, Any]]) -> Figure:
         )
         _line(axes[0], own, "epoch", "kl", **look)
         path = own.groupby("epoch")[["sigma_mu", "sigma_sigma"]].mean()
-        axes[1].plot(path["sigma_mu"], path["sigma_sigma"], alpha=0.5, linewidth=1, **look)
+        axes[1].plot(path["sigma_mu"], path["sigma_sigma"], linewidth=1, **look)
         last = path.iloc[-1]
-        axes[1].plot(last["sigma_mu"], last["sigma_sigma"], "o", color=look["color"])
-        place = dict(textcoords="offset points", xytext=(5, 4), color=look["color"])
-        axes[1].annotate(str(norm), (last["sigma_mu"], last["sigma_sigma"]), fontsize=8, **place)
+        filled = "white" if look["linestyle"] == "--" else look["color"]
+        axes[1].plot(*last, "o", color=look["color"], markerfacecolor=filled, zorder=3)
         _line(axes[2], own, "epoch", "accuracy", **look)
     axes[0].set(xlabel="epoch", ylabel="mean KL(. || N(0, 1))", title="StatDiff (our measure)")
-    axes[0].set_ylim(bottom=0)
+    axes[0].set_yscale("log")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set(xlabel=r"$\sigma_\mu$", ylabel=r"$\sigma_\sigma$", title="spreads; dot: the end")
     axes[1].set_xlim(left=0)
     axes[1].set_ylim(bottom=0)
     axes[2].set(xlabel="epoch", ylabel="accuracy", title="accuracy")
-    axes[0].legend(fontsize=8)
+    axes[2].legend(fontsize=8, ncols=2)
     return figure
 
 
@@ -72,7 +74,7 @@ def _panels(number: int) -> tuple[Figure, np.ndarray]:
     return figure, axes
 
 
-def _line(ax: Axes, table: pd.DataFrame, x: str, y: str, **look: Any) -> None:
+def _line(ax: Axes, table: "pd.DataFrame", x: str, y: str, **look: Any) -> None:
     """The mean over the seeds, in a band from the least to the largest."""
     found = table.groupby(x)[y].agg(["mean", "min", "max"])
     ax.plot(found.index, found["mean"], **_MARKS, **look)
