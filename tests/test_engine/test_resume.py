@@ -43,10 +43,16 @@ def test_resumed_run_draws_the_same_synthetic_maps(tmp_path):
 
 def test_checkpoint_and_validation_of_one_iteration(tmp_path):
     """What validation draws, and what the best checkpoint's second saving stores, is no matter."""
-    options = {"default_hooks.checkpoint.interval": 2, "train_cfg.val_interval": 2}
-    train_here(tiny_config(tmp_path / "a", iters=5, **options), "both")
-    interrupt(tiny_config(tmp_path / "b", iters=5, **options), "both interrupted", iters=3)
-    train_here(tiny_config(tmp_path / "b", iters=5, resume=True, **options), "both resumed")
+
+    def config(run, **options):
+        options |= {"default_hooks.checkpoint.interval": 2, "train_cfg.val_interval": 2}
+        cfg = tiny_config(tmp_path / run, iters=5, **options)
+        cfg.val_dataloader.dataset.pipeline.insert(1, dict(type="PhotoMetricDistortion"))
+        return cfg
+
+    train_here(config("a"), "both")
+    interrupt(config("b"), "both interrupted", iters=3)
+    train_here(config("b", resume=True), "both resumed")
     assert_identical(saved(tmp_path / "b", 5), saved(tmp_path / "a", 5))
 
 

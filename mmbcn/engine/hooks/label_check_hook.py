@@ -12,6 +12,12 @@ from mmbcn.registry import HOOKS
 _SHOWN = 10
 
 
+def _head(runner: Any) -> torch.nn.Module | None:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    head = getattr(getattr(model, "module", model), "decode_head", None)
+    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
+
+
 @HOOKS.register_module()
 class LabelCheckHook(Hook):
     """Check every label map that reaches the model; costs one comparison per pixel.
@@ -21,9 +27,7 @@ class LabelCheckHook(Hook):
     """
 
     def _check(self, runner: Any, data_batch: dict[str, Any]) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        head = getattr(getattr(model, "module", model), "decode_head", None)
-        head = head[-1] if isinstance(head, torch.nn.ModuleList) else head
+        head = _head(runner)
         if head is None or not isinstance(data_batch, dict):
             return
         ignore = getattr(head, "ignore_index", None)
@@ -43,6 +47,16 @@ class LabelCheckHook(Hook):
                     "where train ids are wanted, a colour or 0/255 mask, num_classes of another "
                     "dataset, or a reduce_zero_label that is missing"
                 )
+
+    def before_train(self, runner: Any) -> None:
+        """Warn of a head for another number of classes than the dataset has."""
+        head, data = _head(runner), runner.train_dataloader.dataset
+        classes = getattr(data, "metainfo", {}).get("classes")
+        if head is not None and classes and len(classes) != head.num_classes:
+            runner.logger.warning(
+                f"The dataset has {len(classes)} classes, but decode_head.num_classes is "
+                f"{head.num_classes}: is it of another dataset?"
+            )
 
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: dict[str, Any] | None = None
