@@ -4,6 +4,7 @@ from mmbcn.engine.hooks.enorm_hook import ENormHook
 from mmbcn.engine.hooks.label_check_hook import LabelCheckHook
 from mmbcn.engine.hooks.non_finite_hook import NonFiniteHook
 from mmbcn.engine.hooks.norm_guard_hook import NormGuardHook
+from mmbcn.engine.hooks.norm_momentum_hook import NormMomentumHook
 from mmbcn.engine.hooks.panel_hook import PanelHook
 from mmbcn.engine.hooks.preemption_hook import PreemptionHook
 from mmbcn.engine.hooks.random_state_hook import RandomStateHook
@@ -18,6 +19,7 @@ __all__ = [
     "LabelCheckHook",
     "NonFiniteHook",
     "NormGuardHook",
+    "NormMomentumHook",
     "PanelHook",
     "PreemptionHook",
     "RandomStateHook",
