@@ -17,6 +17,7 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
+from torch import nn
 
 import mmbcn
 from mmbcn.analysis.environment import environment
@@ -48,8 +49,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def training_step(args: argparse.Namespace, backbone: str, norm: str) -> Callable[[], None]:
-    """One step of a model of its own."""
+def training_step(
+    args: argparse.Namespace, backbone: str, norm: str
+) -> tuple[Callable[[], None], nn.Module]:
+    """One step of a model of its own, and the model."""
     torch.manual_seed(0)
     cfg = Config.fromfile(ROOT / f"configs/_base_/models/deeplabv3_{backbone}.py")
     name = "none" if norm == "enorm" else norm
@@ -68,13 +71,13 @@ def training_step(args: argparse.Namespace, backbone: str, norm: str) -> Callabl
 
     def step() -> None:
         with torch.autocast(args.device, dtype, enabled=args.amp is not None):
-            losses = model.loss(images, samples)
+            losses = model(images, samples, mode="loss")
         loss = sum(value for key, value in losses.items() if "loss" in key)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return step
+    return step, model
 
 
 def peak_bytes(step: Callable[[], None]) -> int | str:
@@ -97,7 +100,7 @@ def main() -> None:
     where = environment(args.device)
     dtype = f"autocast to {args.amp}" if args.amp else "float32"
     for backbone in args.backbones:
-        steps = {name: training_step(args, backbone, name) for name in names}
+        steps = {name: training_step(args, backbone, name)[0] for name in names}
         peaks = {name: peak_bytes(step) for name, step in steps.items()}
         for name, values in time_interleaved(steps, args.seconds, min_rounds=5).items():
             timing = Timing.of(values)
