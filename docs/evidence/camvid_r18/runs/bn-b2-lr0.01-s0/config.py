@@ -116,7 +116,6 @@ model = dict(
     type='EncoderDecoder')
 norm_cfg = dict(requires_grad=True, type='BN')
 optim_wrapper = dict(
-    clip_grad=None,
     optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
     type='OptimWrapper')
 optimizer = dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005)
