@@ -77,13 +77,11 @@ def without_blocks(text: str) -> str:
 def inline_commands(path: Path) -> list[tuple[str, str]]:
     """Place and text of each command in running text."""
     text = without_blocks(path.read_text())
-    return [
-        (
-            f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, m.start()) + 1}",
-            " ".join(m[1].split()),
-        )
-        for m in _INLINE.finditer(text)
-    ]
+    found = []
+    for match in _INLINE.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        found.append((f"{path.relative_to(ROOT)}:{line}", " ".join(match[1].split())))
+    return found
 
 
 BLOCKS = [block for path in PAGES for block in read_blocks(path)]

@@ -1,6 +1,7 @@
 """Relative links and anchors of the Markdown files, as code hosts resolve them."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from markdown_blocks import PAGES, ROOT, without_blocks
@@ -28,11 +29,8 @@ def faults(page) -> list[str]:
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if (
-            link.startswith("/")
-            or not target.exists()
-            or (anchor and (target.suffix != ".md" or anchor not in anchors(target.read_text())))
-        ):
+        dead = link.startswith("/") or not target.exists()
+        if dead or (anchor and anchor not in anchors(target.read_text())):
             wrong.append(link)
     return wrong
 
@@ -45,10 +43,10 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_lists_follow_a_blank_line(page):
     """Code hosts begin a list without one, the site's Markdown does not."""
-    lines = ["", *without_blocks(page.read_text()).split("\n")]
+    lines = without_blocks(page.read_text()).split("\n")
     wrong = [
         line
-        for above, line in zip(lines, lines[1:], strict=False)
+        for above, line in pairwise(lines)
         if _LIST_ITEM.match(line) and above.strip() and not above.startswith((" ", "-", "*", "+"))
         if not _LIST_ITEM.match(above)
     ]
@@ -58,7 +56,9 @@ def test_lists_follow_a_blank_line(page):
 def test_dead_links_are_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# A title, `code` & more\n## Twice\n## Twice\n[a](page.md#a-title-code--more) [b](#twice-1)\n"
-        "[c](gone.md) [d](#nowhere) [e](#twice-2) [f](https://example.org)\n```\n[g](no-link)\n```\n"
+        "# A title, `code` & more\n## Twice\n## Twice\n"
+        "[a](page.md#a-title-code--more) [b](#twice-1)\n"
+        "[c](gone.md) [d](#nowhere) [e](#twice-2) [f](https://example.org)\n"
+        "```\n[g](no-link)\n```\n"
     )
     assert faults(page) == ["gone.md", "#nowhere", "#twice-2"]
