@@ -84,12 +84,9 @@ def _site_path(path: str, files: Files) -> str | None:
 def _existing(nav: list[Any]) -> list[Any]:
     kept = []
     for item in nav:
-        if isinstance(item, str):
-            if item in _SOURCES or (ROOT / "docs" / item).is_file():
-                kept.append(item)
-        else:
-            kept += [
-                {title: _existing(inner) if isinstance(inner, list) else inner}
-                for title, inner in item.items()
-            ]
+        title, value = next(iter(item.items())) if isinstance(item, dict) else (None, item)
+        if isinstance(value, list):
+            kept.append({title: _existing(value)})
+        elif value in _SOURCES or (ROOT / "docs" / value).is_file():
+            kept.append(item)
     return kept
