@@ -47,7 +47,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 docs: setup-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html"
 
 clean:
