@@ -52,6 +52,12 @@ def test_python_versions_are_the_same_everywhere(project):
     assert f"Python {versions[0]} or later" in text("README.md")
 
 
+def test_oldest_torch_is_tested(project):
+    (torch,) = [r for r in project["project"]["dependencies"] if r.startswith("torch>=")]
+    steps = load(".github/workflows/tests.yml")["jobs"]["oldest"]["steps"]
+    assert any(f"torch=={torch.removeprefix('torch>=')}.*" in s.get("run", "") for s in steps)
+
+
 def test_pins_are_within_what_the_package_allows(project):
     pins = [Requirement(line) for line in text("constraints.txt").splitlines() if line[0] != "#"]
     pinned = {pin.name: next(iter(pin.specifier)).version for pin in pins}
