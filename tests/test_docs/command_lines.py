@@ -26,6 +26,7 @@ _LAUNCHERS = {
     "tools/dist_test.sh": ("tools/test.py", lambda a: [*a[:2], *a[3:]]),
     "tools/slurm_train.sh": ("tools/train.py", lambda a: a[2:]),
 }
+_MODULES = {"mmsegmentation": "mmseg", "mmdetection": "mmdet"}  # where the name is another
 _SHELL = ("cd", "export", "git", "ls", "source", "test")  # not ours to check
 
 
@@ -109,10 +110,9 @@ def _check_mim(args: list[str]) -> None:
         assert len(found) == 1, f"mim finds {len(found)} configs {rest[0]}"
         parse(ROOT / f"tools/{kind}.py", rest)
     else:
-        pytest.importorskip("mmseg")
-        package = package.replace("mmsegmentation", "mmseg")
-        folder = Path(find_spec(package).origin).parent
-        parse(folder / f".mim/tools/{kind}.py", rest)
+        spec = find_spec(_MODULES.get(package, package))
+        if spec:  # else it is not installed, and nothing is known of its tools
+            parse(Path(spec.origin).parent / f".mim/tools/{kind}.py", rest)
 
 
 def parse(script: Path, args: list[str]) -> None:
