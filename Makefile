@@ -1,11 +1,12 @@
 # make demo: set up, train on the embedded dataset, show the result.   make test: set up, test.
+# make docs: the documentation as a site, site/index.html
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := deeplabv3_r18_bcn_300_shapes-128x128
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint setup setup-dev clean
+.PHONY: demo test test-all lint docs setup setup-dev clean
 
 setup: $(VENV)/.onedl
 setup-dev: $(VENV)/.dev
@@ -45,5 +46,9 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: setup-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
