@@ -23,9 +23,9 @@ OUT = ROOT / "tools/benchmark/results/singularity_hook"
 NORMS = ("bn", "gn_ws", "bcn", "microbcn_ws")
 HEADING = """# What SingularityHook costs
 
-DeepLabV3 {backbone}, batch {batch}, crops of {crop[0]}x{crop[1]}: a training step that the hook watches, divided by one that
-it does not, medians of interleaved rounds. Every 50th step is watched by default: the last column is
-(ratio - 1) / 50, the share of the training's time. Made by
+DeepLabV3 {backbone}, batch {batch}, crops of {crop[0]}x{crop[1]}: a training step that the hook
+watches, divided by one that it does not, medians of interleaved rounds. Every 50th step is watched
+by default: the last column is (ratio - 1) / 50, the share of the training's time. Made by
 `{command}`.
 
 {where}
