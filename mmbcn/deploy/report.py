@@ -22,13 +22,17 @@ class FoldReport:
     standardized: list[str] = field(default_factory=list)
     difference: float = 0.0
 
+    def summary(self) -> str:
+        """One line of numbers."""
+        return (
+            f"folded: {len(self.folded)} norms are gone; of {len(self.stages)} the batch stage is, "
+            f"the group stage stays; {len(self.left)} norms are left; "
+            f"{len(self.standardized)} convolutions have standardized weights; outputs differ by "
+            f"{self.difference:.1e} of the largest one"
+        )
+
     def __str__(self) -> str:
-        lines = [
-            f"folded: {len(self.folded)} norms are gone; of {len(self.stages)} the batch stage, "
-            f"their group stage stays; {len(self.standardized)} convolutions have standardized "
-            f"weights; {len(self.left)} norms are left; outputs differ by {self.difference:.1e} of "
-            "the largest one",
-        ]
+        lines = [self.summary()]
         for title, places in (("folded", self.folded), ("batch stage", self.stages)):
             lines += [f"  {title}: {name} into {place}" for name, place in places.items()]
         lines += [f"  left: {name}: {reason}" for name, reason in self.left.items()]
