@@ -87,7 +87,7 @@ def batch_affine(norm: nn.Module) -> Affine | None:
     weight, bias = _double(stage.weight), _double(stage.bias)
     if isinstance(stage, NoNorm):
         return weight.expand_as(bias), bias
-    if stage.running_mean is None:
+    if stage.running_mean is None or (stage.training and isinstance(stage, _BatchNorm)):
         return None
     mean, var = _double(stage.running_mean), _double(stage.running_var)
     scale = (var + stage.eps).rsqrt() * (1 if weight is None else weight)
@@ -142,6 +142,7 @@ def scale_outputs(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     Shape: scale and shift (C_out,)
     """
     weight, bias = _double(layer.weight), _double(layer.bias)
+    scale, shift = scale.to(weight.device), shift.to(weight.device)
     if isinstance(layer, _ConvTransposeNd):  # (C_in, C_out / groups, ...)
         kernels = weight.unflatten(0, (layer.groups, -1))
         spread = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
@@ -158,6 +159,7 @@ def scale_inputs(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     Shape: scale and shift (C_in,)
     """
     weight, bias = _double(layer.weight), _double(layer.bias)
+    scale, shift = scale.to(weight.device), shift.to(weight.device)
     groups = getattr(layer, "groups", 1)
     kernels = weight.unflatten(0, (groups, -1)).flatten(3)  # (G, C_out / G, C_in / G, rest)
     if weight.dim() == 2:

@@ -6,6 +6,7 @@ output of a layer is followed by the identity of tensors through what leaves its
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmbcn.layers.one_run import SAME_VALUES, Origins
 
-OUTPUT = "the output of the model"
+KEPT = "the model's output, or what the model keeps"
 
 
 class Flow(TorchDispatchMode):
@@ -31,7 +32,7 @@ class Flow(TorchDispatchMode):
         dims: of each layer that ran, the dimensions of its inputs.
         dtypes: of each layer that ran, the dtype of its latest input.
         recast: layers whose output has another dtype than their input.
-        bare: layers whose parameters something else uses.
+        bare: layers whose parameters or buffers something else uses.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -45,8 +46,8 @@ class Flow(TorchDispatchMode):
         self._layers = list(layers)
         self._owners: dict[int, list[nn.Module]] = {}
         for layer in self._layers:
-            for parameter in layer.parameters():
-                self._owners.setdefault(id(parameter), []).append(layer)
+            for tensor in chain(layer.parameters(), layer.buffers()):
+                self._owners.setdefault(id(tensor), []).append(layer)
         self._origins: Origins[nn.Module] = Origins()
         self._inside = 0
 
@@ -65,10 +66,10 @@ class Flow(TorchDispatchMode):
             handle.remove()
         self._origins.clear()
 
-    def finish(self, outputs: Any) -> None:
-        """Note that these are what the run was for."""
-        for leaf in tree_leaves(outputs):
-            self._take(leaf, OUTPUT)
+    def finish(self) -> None:
+        """Note what is kept beyond the run: call while nothing but the outputs is held."""
+        for origin in self._origins.alive():
+            self.takers[origin].add(KEPT)
 
     def _take(self, value: Any, taker: nn.Module | str) -> nn.Module | None:
         origin = self._origins.of(value)

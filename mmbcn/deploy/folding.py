@@ -149,7 +149,7 @@ class _Folder:
         """Run the model, and find what is joined to what."""
         with self._flow:
             outputs = _run(self._model, arguments)
-            self._flow.finish(outputs)
+            self._flow.finish()
         return outputs
 
     def fold(self) -> nn.Module:
@@ -203,7 +203,7 @@ class _Folder:
         if norm in flow.bare:
             return "something else uses its parameters"
         if affine.batch_affine(norm) is None:
-            return "has no running statistics"
+            return "normalizes by the batch's own statistics"
         if norm in flow.recast:
             return "changes the dtype"
         if not flow.sources[norm] or None in flow.sources[norm]:

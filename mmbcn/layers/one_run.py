@@ -38,6 +38,10 @@ class Origins(Generic[T]):
         """Know nothing of this tensor any more."""
         self._known.pop(id(value), None)
 
+    def alive(self) -> list[T]:
+        """The origins of the tensors that something still holds."""
+        return [origin for ref, origin in self._known.values() if ref() is not None]
+
     def clear(self) -> None:
         """Know nothing any more."""
         self._known.clear()
@@ -67,7 +71,7 @@ def run_all(model: nn.Module, *inputs: Any) -> list[Any]:
     """
     outputs = [model(*inputs)]
     heads = getattr(model, "auxiliary_head", None)
-    if heads is not None:
+    if heads is not None and hasattr(model, "extract_feat"):
         features = model.extract_feat(*inputs)
         heads = heads if isinstance(heads, nn.ModuleList) else [heads]
         outputs += [head(features) for head in heads]

@@ -157,6 +157,7 @@ class Wired(nn.Module):
             "norm behind another": lambda: self.norm(y) + self.norm(x[:, :1].expand_as(y)),
             "weight used": lambda: self.norm(y) + F.conv2d(x, self.conv.weight, padding=1),
             "norm's weight used": lambda: self.norm(y) * self.norm.weight.sum(),
+            "norm's mean used": lambda: self.norm(y) * self.norm.running_mean.sum(),
             "other shape": lambda: self.norm(y.transpose(2, 3)),
         }[self.wiring]()
 
@@ -166,7 +167,7 @@ class Wired(nn.Module):
     [
         *("used twice", "an output too", "changed in place", "a view changed", "two norms"),
         *("shared convolution", "norm behind another", "weight used", "norm's weight used"),
-        "other shape",
+        *("norm's mean used", "other shape"),
     ],
 )
 def test_what_is_not_exact_stays(wiring):
@@ -175,14 +176,36 @@ def test_what_is_not_exact_stays(wiring):
     assert "norm" in folded.fold_report.left
 
 
-def test_output_that_is_given_out_too_stays():
+class Box:
+    """An output of a kind that nobody knows."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("where", ["output", "box", "attribute"])
+def test_output_that_is_given_out_or_kept_too_stays(where):
     class Both(nn.Sequential):
         def forward(self, x):
             y = self[0](x)
-            return [self[1](y), dict(features=y)]
+            if where == "attribute":
+                self.features = [y]
+                return self[1](y)
+            return [self[1](y), y if where == "output" else Box(y)]
 
     folded = mmbcn.deploy.fold(scattered(Both(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))))
-    assert "the output of the model" in folded.fold_report.left["1"]
+    assert "the model's output, or what the model keeps" in folded.fold_report.left["1"]
+
+
+def test_norms_that_use_the_batch_stay():
+    class Stubborn(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    norms = [nn.BatchNorm2d(4, track_running_stats=False), Stubborn(4)]
+    for norm in norms:
+        folded = mmbcn.deploy.fold(scattered(nn.Sequential(nn.Conv2d(3, 4, 1), norm)))
+        assert "batch's own statistics" in folded.fold_report.left["1"]
 
 
 def test_norm_shared_by_convolutions_goes_into_each():
