@@ -82,6 +82,7 @@ def test_program_in_the_docs_runs(work):
     check(sys.executable, work)
 
 
+@pytest.mark.slow
 def test_program_takes_exported_files(work, tmp_path, tiny_config):
     pytest.importorskip("mmseg")
     pytest.importorskip("onnxscript")
