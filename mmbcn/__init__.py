@@ -6,6 +6,7 @@
 from importlib import import_module
 from typing import Any
 
+from mmbcn import deploy
 from mmbcn.checkpoints.allowed import allow_globals
 from mmbcn.equalization import equalize
 from mmbcn.layers import BCN, KN, MicroBCN, SyncBCN, WSConv2d
@@ -26,6 +27,7 @@ __all__ = [
     "SyncBCN",
     "WSConv2d",
     "convert_norm",
+    "deploy",
     "equalize",
     "norm_names",
     "set_norm",

@@ -367,11 +367,12 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
     new.requires_grad_(all(p.requires_grad for p in old.parameters()))
     if hasattr(old, "act") and hasattr(old, "drop"):  # timm's norms that end in an activation
         new.drop, new.act = old.drop, old.act
-        new.register_forward_hook(_drop_and_activate)
+        new.register_forward_hook(drop_and_activate)
     return new.train(old.training)
 
 
-def _drop_and_activate(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+def drop_and_activate(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    """The hook of a converted norm that ends in an activation, as timm's do."""
     return layer.act(layer.drop(output))
 
 

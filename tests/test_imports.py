@@ -9,14 +9,23 @@ import mmbcn
 
 PACKAGE = Path(mmbcn.__file__).parent
 FORBIDDEN = {
-    "ops": {"registry", "layers", "norms", "models", "engine", "datasets", "checkpoints"},
-    "registry.py": {"ops", "layers", "norms", "models", "engine", "datasets", "checkpoints"},
-    "layers": {"norms", "models", "engine", "datasets", "checkpoints"},
-    "norms.py": {"models", "engine", "datasets", "checkpoints"},
-    "equalization": {"norms", "models", "engine", "datasets", "checkpoints"},
-    "models": {"engine", "datasets", "checkpoints"},
-    "datasets": {"engine", "models", "checkpoints"},
-    "checkpoints": {"engine", "models", "datasets"},
+    "ops": {"registry", "layers", "norms", "models", "engine", "datasets", "checkpoints", "deploy"},
+    "registry.py": {
+        "ops",
+        "layers",
+        "norms",
+        "models",
+        "engine",
+        "datasets",
+        "checkpoints",
+        "deploy",
+    },
+    "layers": {"norms", "models", "engine", "datasets", "checkpoints", "deploy"},
+    "norms.py": {"models", "engine", "datasets", "checkpoints", "deploy"},
+    "equalization": {"norms", "models", "engine", "datasets", "checkpoints", "deploy"},
+    "models": {"engine", "datasets", "checkpoints", "deploy"},
+    "datasets": {"engine", "models", "checkpoints", "deploy"},
+    "checkpoints": {"engine", "models", "datasets", "deploy"},
 }
 MM = {"mmengine", "mmcv", "mmseg"}
 

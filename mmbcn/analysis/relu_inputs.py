@@ -13,7 +13,6 @@ unit is eliminated in them. Nor is what lies between norm and ReLU in other shap
 as a pooling, a dropout in training or a permutation of the axes.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmbcn.layers import FrozenBN
+from mmbcn.layers.one_run import SAME_VALUES, Origins
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBN)
 _aten = torch.ops.aten
 _CLAMPS = (_aten.clamp, _aten.clamp_, _aten.clamp_min, _aten.clamp_min_)
 _CLAMPS += (_aten.hardtanh, _aten.hardtanh_)  # of ReLU6
 _THRESHOLDS = (_aten.threshold, _aten.threshold_)
-_SAME = (_aten.alias, _aten.detach, _aten.clone, _aten._to_copy, _aten.view, _aten._unsafe_view)
 
 
 def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -67,7 +66,7 @@ class ReluInputs(TorchDispatchMode):
         self.followers: dict[str, set[str]] = {}
         self._norms = dict(find_norms(model))
         self._observe = observe
-        self._outputs: dict[int, tuple[weakref.ref, str]] = {}  # by the identity of the tensor
+        self._outputs: Origins[str] = Origins()  # the norms that made these tensors
         self._running: list[str] = []  # norms, from the outermost to the innermost
         self._closed: set[str] = set()  # norms whose ReLU is inside, in their running call
 
@@ -95,39 +94,31 @@ class ReluInputs(TorchDispatchMode):
     def _end(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         self._running.pop()
         if isinstance(output, Tensor) and name not in self._closed:
-            self._track(output, name)
-
-    def _track(self, tensor: Tensor, name: str) -> None:
-        self._outputs[id(tensor)] = weakref.ref(tensor), name
-
-    def _norm_of(self, value: Any) -> str | None:
-        """The norm whose output this is."""
-        ref, name = self._outputs.get(id(value), (None, None))
-        return name if ref is not None and ref() is value else None
+            self._outputs.note(output, name)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        taken = [a for a in tree_leaves((args, kwargs)) if self._norm_of(a)]
+        taken = [a for a in tree_leaves((args, kwargs)) if self._outputs.of(a)]
         op = func.overloadpacket
         if _is_relu(op, args, kwargs):
             self._meet_relu(args[0])
             taken = []
         result = func(*args, **kwargs)
         for tensor in taken:
-            name = self._norm_of(tensor)
-            if op in _SAME and isinstance(result, Tensor) and result.shape == tensor.shape:
-                self._track(result, name)
+            name = self._outputs.of(tensor)
+            if op in SAME_VALUES and isinstance(result, Tensor) and result.shape == tensor.shape:
+                self._outputs.note(result, name)
             else:
                 self.followers[name].add(op.__name__.strip("_"))
         if func._schema.is_mutable:
             for leaf in tree_leaves(result):
-                self._outputs.pop(id(leaf), None)
+                self._outputs.forget(leaf)
         return result
 
     def _meet_relu(self, x: Tensor) -> None:
-        name = self._norm_of(x)
+        name = self._outputs.of(x)
         if name is None and self._running:
             name = self._running[-1]
             self._closed.add(name)

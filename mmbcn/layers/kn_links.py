@@ -16,7 +16,6 @@ adaptive pooling, transposed and functional convolutions, and norms of other kin
 """
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmbcn.layers.kn import KN
+from mmbcn.layers.one_run import SAME_VALUES, Origins, blank_image, run_all
 from mmbcn.layers.predictions import (
     Concatenated,
     Convolved,
@@ -37,11 +37,10 @@ from mmbcn.layers.predictions import (
     Sum,
 )
 
-_SIZE = 64  # of the image
 _IMAGE = "the image"
 _aten = torch.ops.aten
 _UNCHANGED = {
-    *(_aten.alias, _aten.detach, _aten.clone, _aten._to_copy, _aten.view, _aten._unsafe_view),
+    *SAME_VALUES,
     *(_aten.slice, _aten.max_pool2d_with_indices, _aten.avg_pool2d),
     *(_aten.upsample_bilinear2d, _aten.upsample_nearest2d, _aten.upsample_bicubic2d),
 }
@@ -103,19 +102,9 @@ def describe_links(model: nn.Module) -> dict[str, str]:
 
 
 def _run(model: nn.Module, watch: "_Watch") -> None:
-    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    conv = next(convs, None)
-    if conv is None:
-        raise ValueError("there is no 2-d convolution")
-    options = dict(device=conv.weight.device, dtype=conv.weight.dtype)
-    image = torch.zeros(1, conv.in_channels, _SIZE, _SIZE, **options)
+    image = blank_image(model)
     watch.track(image, _IMAGE)
-    model(image)
-    heads = getattr(model, "auxiliary_head", None)  # of mmseg: runs in training only
-    if heads is not None:
-        features = model.extract_feat(image)
-        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
-            head(features)
+    run_all(model, image)
 
 
 @contextmanager
@@ -149,7 +138,8 @@ class _Watch(TorchDispatchMode):
         self.inputs: dict[KN, list[Expression | str]] = {}
         self._norms = norms
         self._convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-        self._origins: dict[int, tuple[weakref.ref, Expression | str]] = {}  # by identity
+        self._origins: Origins[Expression | str] = Origins()
+        self.track = self._origins.note
 
     def __enter__(self) -> "_Watch":
         self._handles = [conv.register_forward_hook(self._after_conv) for conv in self._convs]
@@ -164,21 +154,13 @@ class _Watch(TorchDispatchMode):
             handle.remove()
         self._origins.clear()
 
-    def track(self, tensor: Tensor, origin: Expression | str) -> None:
-        """Note where a tensor comes from."""
-        self._origins[id(tensor)] = weakref.ref(tensor), origin
-
-    def _origin(self, value: Any) -> Expression | str | None:
-        ref, origin = self._origins.get(id(value), (None, None))
-        return origin if ref is not None and ref() is value else None
-
     def _after_conv(self, conv: nn.Conv2d, inputs: tuple[Any, ...], output: Tensor) -> None:
-        origin = self._origin(inputs[0])
+        origin = self._origins.of(inputs[0])
         if isinstance(origin, Expression):
             self.track(output, Convolved(conv, origin))
 
     def _before_norm(self, norm: KN, inputs: tuple[Any, ...]) -> None:
-        origin = self._origin(inputs[0]) or "its input comes from elsewhere"
+        origin = self._origins.of(inputs[0]) or "its input comes from elsewhere"
         found = self.inputs.setdefault(norm, [])
         if origin not in found:
             found.append(origin)
@@ -191,7 +173,7 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         operands = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        origins = [self._origin(v) for v in operands]
+        origins = [self._origins.of(v) for v in operands]
         result = func(*args, **kwargs)
         if any(origins):
             origin = _follow(func.overloadpacket, args, kwargs, operands, origins, result)

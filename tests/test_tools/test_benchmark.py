@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[2]
             ["--backbones", "r18", "--norms", "bcn", "--crop", "32", "32", "--seconds", "1"],
             {"bn", "bcn"},
         ),
+        (
+            "fold",
+            ["--backbone", "r18", "--norms", "bn", "bcn", "--size", "32", "33", "--seconds", "1"],
+            {"bn", "bcn"},
+        ),
     ],
 )
 def test_benchmark_writes_rows(tmp_path, tool, options, norms):
@@ -30,7 +35,9 @@ def test_benchmark_writes_rows(tmp_path, tool, options, norms):
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert norms <= {row["norm"] for row in rows}
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
-    assert all(float(r["ratio"]) == 1 for r in rows if r["norm"] in ("BatchNorm", "bn"))
+    base = ("BatchNorm", "bn", "as it is")
+    kind = "form" if tool == "fold" else "norm"
+    assert all(float(r["ratio"]) == 1 for r in rows if r[kind] in base)
     table = (tmp_path / "rows.md").read_text()
     assert "| --- |" in table
     assert f"`python tools/benchmark/{tool}.py --out" in table
