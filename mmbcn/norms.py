@@ -59,6 +59,7 @@ _TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: no
 _NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
 _SCOPES = ("mmseg", "mmdet", "mmpretrain")
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, detectron2's, timm's
+_UNUSABLE: set[str] = set()  # scopes whose package is installed, but does not import
 _LINKED = "mmbcn.norms.linked_model"  # the type that builds a model and links its norms
 
 
@@ -230,14 +231,27 @@ def find_class(kind: Any) -> type | None:
         return kind if inspect.isclass(kind) else None
     if find_spec("mmengine") is None:
         return None
-    from mmengine.registry import MODELS, DefaultScope
+    from mmengine.registry import DefaultScope
 
     current = DefaultScope.get_current_instance()
     scopes = [current.scope_name] if current else []
     scopes += [scope for scope in _SCOPES if find_spec(scope)]
     names = [kind] if "." in kind else [f"{scope}.{kind}" for scope in scopes]
-    classes = (MODELS.get(name) for name in names)
-    return next((cls for cls in classes if inspect.isclass(cls)), None)
+    return next((cls for cls in map(_look_up, names) if inspect.isclass(cls)), None)
+
+
+def _look_up(name: str) -> Any:
+    """What is registered under ``scope.name``; None where the scope's package does not import."""
+    from mmengine.registry import MODELS
+
+    scope = name.partition(".")[0]
+    if scope in _UNUSABLE:
+        return None
+    try:
+        return MODELS.get(name)
+    except (ImportError, OSError, RuntimeError):  # mmdet without mmcv's compiled operations, ...
+        _UNUSABLE.add(scope)
+        return None
 
 
 def _parameter(cls: type | None, name: str) -> Any:

@@ -16,6 +16,7 @@ FORBIDDEN = {
     "equalization": {"norms", "models", "engine", "datasets", "checkpoints"},
     "models": {"engine", "datasets", "checkpoints"},
     "datasets": {"engine", "models", "checkpoints"},
+    "inference": {"engine", "models"},
     "checkpoints": {"engine", "models", "datasets"},
 }
 MM = {"mmengine", "mmcv", "mmseg"}
