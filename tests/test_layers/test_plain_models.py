@@ -67,6 +67,7 @@ def randomize(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", KINDS)
 @pytest.mark.parametrize("make", MODELS)
 def test_trains_loads_back_and_exports(make, norm):
