@@ -84,15 +84,13 @@ def test_trains_loads_back_and_exports(make, norm):
     assert count(model, nn.Conv2d) == convs
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(2):  # in the first, zero-initialised branches pass nothing back
         optimizer.zero_grad()
         loss = scores(model.train()(images())).square().mean()
         loss.backward()
         optimizer.step()
         assert loss.isfinite()
-    moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters()]
-    assert sum(moved) / len(moved) > 0.9
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
