@@ -58,6 +58,8 @@ _IC_MODELS = {
 _TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: not ours to switch
 _NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
 _SCOPES = ("mmseg", "mmdet", "mmpretrain")
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, detectron2's, timm's
+_UNUSABLE: set[str] = set()  # scopes whose package is installed, but does not import
 _LINKED = "mmbcn.norms.linked_model"  # the type that builds a model and links its norms
 
 
@@ -229,14 +231,27 @@ def find_class(kind: Any) -> type | None:
         return kind if inspect.isclass(kind) else None
     if find_spec("mmengine") is None:
         return None
-    from mmengine.registry import MODELS, DefaultScope
+    from mmengine.registry import DefaultScope
 
     current = DefaultScope.get_current_instance()
     scopes = [current.scope_name] if current else []
     scopes += [scope for scope in _SCOPES if find_spec(scope)]
     names = [kind] if "." in kind else [f"{scope}.{kind}" for scope in scopes]
-    classes = (MODELS.get(name) for name in names)
-    return next((cls for cls in classes if inspect.isclass(cls)), None)
+    return next((cls for cls in map(_look_up, names) if inspect.isclass(cls)), None)
+
+
+def _look_up(name: str) -> Any:
+    """What is registered under ``scope.name``; None where the scope's package does not import."""
+    from mmengine.registry import MODELS
+
+    scope = name.partition(".")[0]
+    if scope in _UNUSABLE:
+        return None
+    try:
+        return MODELS.get(name)
+    except (ImportError, OSError, RuntimeError):  # mmdet without mmcv's compiled operations, ...
+        _UNUSABLE.add(scope)
+        return None
 
 
 def _parameter(cls: type | None, name: str) -> Any:
@@ -261,7 +276,8 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
 
     Swaps BatchNorm, SyncBatchNorm, GroupNorm, InstanceNorm, frozen BatchNorm and the
     batch-channel norms; LayerNorm stays. Per-channel affines and running statistics carry over
-    (into the batch stage of a batch-channel norm), with eps, momentum, device, dtype, mode and
+    (into the batch stage of a batch-channel norm; weights that are all zero, of zero-initialised
+    residual branches, into its group stage), with eps, momentum, device, dtype, mode and
     ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows becomes a
     `WSConv2d` on the same parameter; a final classifier has none behind it and stays. Without,
     a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Norms that look at the layers
@@ -277,7 +293,8 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is no module.
-        UsageError: the name is unknown, or there is nothing to convert.
+        UsageError: the name is unknown, there is nothing to convert, or a BatchNorm of another kind
+            (`InPlaceABN`, lazy layers that never ran) would stay.
     """
     base, ws = _check_name(name)
     if base == "ic":
@@ -293,6 +310,13 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
         )
     names = {m: n for n, m in module.named_modules()}
     layers = list(_layers(module))
+    for layer in layers:
+        if not _width(layer) and "running_mean" in layer._buffers:
+            raise UsageError(
+                f"convert_norm cannot convert {names[layer]}, a {type(layer).__name__}: it knows "
+                "those of torch, torchvision, timm and mmbcn. Build the model with nn.BatchNorm2d; "
+                "of lazy layers, run it once before"
+            )
     swaps: dict[nn.Module, nn.Module] = {}
     for layer, follower in zip(layers, [*layers[1:], None], strict=True):
         if _width(layer):
@@ -323,7 +347,8 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """Norms, convolutions and linear layers in the order of their definition."""
-    if _width(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+    known = _width(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    if known or "running_mean" in module._buffers:  # a BatchNorm of some kind
         yield module
     else:
         for child in module.children():
@@ -336,7 +361,7 @@ def _width(layer: nn.Module | None) -> int:
         return layer.num_features
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
-    if type(layer).__name__ == "FrozenBatchNorm2d":  # torchvision's and detectron2's
+    if type(layer).__name__ in _FROZEN:
         return layer.weight.numel()
     return 0
 
@@ -361,6 +386,9 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
         state["weight"] = weight.mean()[None] if cls is NoNorm else weight.expand(_width(old))
     if state:
         new.load_state_dict(state, strict=False)
+    if isinstance(new, BatchChannelNorm) and not new.bn.weight.any():  # zero-init residual
+        nn.init.ones_(new.bn.weight)
+        nn.init.zeros_(new.weight)
     tensors = [*old.parameters(), *(b for b in old.buffers() if b.is_floating_point())]
     if tensors:
         new.to(tensors[0].device, tensors[0].dtype)

@@ -18,7 +18,8 @@ from mmseg.structures import SegDataSample
 from mmbcn import set_norm
 
 ROOT = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(p for p in ROOT.rglob("*.py") if "_base_" not in p.parts)
+# those of other codebases: tests/test_models/test_other_codebases.py
+CONFIGS = sorted([*ROOT.glob("*.py"), *ROOT.glob("deeplabv3/*.py")])
 NAME = re.compile(
     r"(?P<model>\w+?)_r(?P<depth>\d+)(?P<os>-os16)?_(?P<norm>[a-z]+(?:_ws)?)"
     r"(?:_(?P<apr>apr[sp]))?_(?P<sched>\w+)_"

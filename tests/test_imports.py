@@ -8,24 +8,18 @@ import pytest
 import mmbcn
 
 PACKAGE = Path(mmbcn.__file__).parent
+_UPPER = {"models", "engine", "datasets", "checkpoints", "inference", "deploy"}
 FORBIDDEN = {
-    "ops": {"registry", "layers", "norms", "models", "engine", "datasets", "checkpoints", "deploy"},
-    "registry.py": {
-        "ops",
-        "layers",
-        "norms",
-        "models",
-        "engine",
-        "datasets",
-        "checkpoints",
-        "deploy",
-    },
-    "layers": {"norms", "models", "engine", "datasets", "checkpoints", "deploy"},
-    "norms.py": {"models", "engine", "datasets", "checkpoints", "deploy"},
-    "equalization": {"norms", "models", "engine", "datasets", "checkpoints", "deploy"},
-    "models": {"engine", "datasets", "checkpoints", "deploy"},
-    "datasets": {"engine", "models", "checkpoints", "deploy"},
-    "checkpoints": {"engine", "models", "datasets", "deploy"},
+    "ops": {"registry", "layers", "norms", *_UPPER},
+    "registry.py": {"ops", "layers", "norms", *_UPPER},
+    "layers": {"norms", *_UPPER},
+    "norms.py": _UPPER,
+    "equalization": {"norms", *_UPPER},
+    "models": _UPPER - {"models"},
+    "datasets": _UPPER - {"datasets"},
+    "checkpoints": _UPPER - {"checkpoints"},
+    "inference": {"engine", "models", "deploy"},
+    "deploy": {"engine", "models", "inference"},
 }
 MM = {"mmengine", "mmcv", "mmseg"}
 

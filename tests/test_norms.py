@@ -489,3 +489,25 @@ def test_convert_keeps_the_affine_free_norm_trainable():
     layer = convert_norm(nn.BatchNorm2d(4, affine=False), "bcn")
     assert layer.bn.weight.eq(1).all()
     assert all(p.requires_grad for p in layer.parameters())
+
+
+@needs_mm
+def test_a_package_that_does_not_import_is_passed_over(monkeypatch):
+    """As mmdet, installed beside an mmcv without compiled operations."""
+    from mmengine.registry import MODELS
+
+    original, asked = MODELS.get, []
+
+    def get(name):
+        if name.startswith("mmdet."):
+            asked.append(name)
+            raise ModuleNotFoundError("No module named 'mmcv._ext'")
+        return original(name)
+
+    monkeypatch.setattr(MODELS, "get", get)
+    monkeypatch.setattr(mmbcn.norms, "find_spec", lambda name: name != "mmpretrain")
+    monkeypatch.setattr(mmbcn.norms, "_UNUSABLE", set())
+    cfg = dict(type="NoSuchNet", backbone=dict(type="ResNet", depth=18), neck=dict(type="NoNeck"))
+    set_norm(cfg, "bcn")
+    assert cfg["backbone"]["norm_cfg"]["type"] == "mmbcn.BCN"
+    assert asked == ["mmdet.NoSuchNet"]  # once, not for each layer

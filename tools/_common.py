@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -119,6 +120,15 @@ def read_run_config(args: argparse.Namespace) -> Config:
         if getattr(args, key):
             cfg[key] = True
     return cfg
+
+
+def check_device(name: str) -> str:
+    """The device, if it is there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
 
 
 @contextmanager

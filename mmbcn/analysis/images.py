@@ -60,7 +60,7 @@ class SplitImages:
         self.num_images = min(num_images or self.total, self.total)
         chosen = [samples[i * self.total // self.num_images] for i in range(self.num_images)]
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmseg"):
-            images = _Images(chosen, Compose(_test_pipeline(cfg)))
+            images = _Images(chosen, Compose(test_pipeline(cfg)))
         workers = (cfg.get(f"{split}_dataloader") or {}).get("num_workers", 0)
         self._loader = DataLoader(
             images, batch_size, num_workers=workers, collate_fn=pseudo_collate
@@ -141,7 +141,7 @@ class _Images(Dataset):
         return self.pipeline(copy.deepcopy(self.samples[index]))
 
 
-def _test_pipeline(cfg: Mapping[str, Any]) -> list[Any]:
+def test_pipeline(cfg: Mapping[str, Any]) -> list[Any]:
     """The transforms of the test set without those that load labels."""
     for split in ("test", "val"):
         dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset") or {}

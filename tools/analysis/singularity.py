@@ -17,8 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from _common import add_config_args, add_trust_arg, progress_bar, read_config, run
+from _common import add_config_args, add_trust_arg, check_device, progress_bar, read_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
 
@@ -45,7 +44,6 @@ from mmbcn.checkpoints.fetch import fetch
 from mmbcn.checkpoints.read import read_checkpoint
 from mmbcn.datasets.doctor.part import SPLITS
 from mmbcn.engine.config_check import check_keys
-from mmbcn.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
@@ -118,15 +116,6 @@ def write_models(models: list[Measured], out: Path) -> list[Path]:
             for name, v in found.items()
         ),
     ]
-
-
-def check_device(name: str) -> str:
-    """The device, if it is there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def measure(args: argparse.Namespace, cfg: Config, source: str, device: str) -> Measured:

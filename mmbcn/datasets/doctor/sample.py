@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from mmbcn.datasets.doctor.causes import guess_cause
 from mmbcn.datasets.doctor.findings import Finding
 from mmbcn.datasets.doctor.part import Reader
+from mmbcn.datasets.image_file import damage
 from mmbcn.errors import UsageError
 
 _IMAGES = ("img_path", "img_path2")
@@ -113,24 +114,15 @@ def _run(transforms: list[Any], results: dict[str, Any], key: str) -> dict[str, 
 
 
 def _file_fault(path: str, what: str, reader: Reader) -> Finding | None:
-    """A missing or damaged file. Decoders that only warn would let half an image pass."""
+    """A missing or damaged file."""
     try:
         data = get(path, backend_args=reader.backend_args)
     except FileNotFoundError:
         return Finding(f"missing {what}", path)
     except Exception as error:  # whatever a storage backend may raise
         return Finding(f"unreadable {what}", path, f"{type(error).__name__}: {error}")
-    if not data:
-        return Finding(f"unreadable {what}", path, "the file is empty")
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            # A PNG has checksums: no need to decode it twice.
-            picture.verify() if picture.format == "PNG" else picture.load()
-    except UnidentifiedImageError:
-        return None  # a format that Pillow does not know: the config's transform decides
-    except Exception as error:  # Pillow has no common error for damage
-        return Finding(f"unreadable {what}", path, f"damaged or truncated: {error}")
-    return None
+    fault = damage(data)
+    return Finding(f"unreadable {what}", path, fault) if fault else None
 
 
 def _inspect_label(
