@@ -6,11 +6,11 @@ is followed by identity through what leaves its values as they are (casts, copie
 layers), until something takes it. So any model that runs can be watched, with control flow, layers
 that run several times and layers that never run.
 
-A norm is *followed by a ReLU* where the ReLU takes its very output, or runs inside of it (timm's
-``BatchNormAct2d``). In a residual block, norm -> add -> ReLU is not: there the ReLU's input is the
-sum with the shortcut, which no norm has normalized. Leaky and smooth activations are no ReLUs: no
-unit is eliminated in them. Nor is what lies between norm and ReLU in other shapes or values, such
-as a pooling, a dropout in training or a permutation of the axes.
+A norm is *followed by a ReLU* where the ReLU takes its very output, or gives it (timm's
+``BatchNormAct2d``, which ends in one). In a residual block, norm -> add -> ReLU is not: there the
+ReLU's input is the sum with the shortcut, which no norm has normalized. Leaky and smooth
+activations are no ReLUs: no unit is eliminated in them. Nor is what lies between norm and ReLU in
+other shapes or values, such as a pooling, a dropout in training or a permutation of the axes.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,8 +49,8 @@ def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class ReluInputs(TorchDispatchMode):
     """While entered, calls ``observe(name, layer, x)`` for each ReLU's input that a norm has made.
 
-    Right before the ReLU runs, as it may overwrite ``x``. Several models, or parts of one, are
-    watched by one object each.
+    Right before the ReLU runs, as it may overwrite ``x``; of a norm that ends in a ReLU, when the
+    norm has run. Several models, or parts of one, are watched by one object each.
 
     Args:
         model: it may be in training, under autograd, autocast, or without gradients.
@@ -68,7 +68,10 @@ class ReluInputs(TorchDispatchMode):
         self._observe = observe
         self._outputs: Origins[str] = Origins()  # the norms that made these tensors
         self._running: list[str] = []  # norms, from the outermost to the innermost
-        self._closed: set[str] = set()  # norms whose ReLU is inside, in their running call
+        self._rectified: Origins[Tensor] = (
+            Origins()
+        )  # a ReLU's output inside of a norm -> its input
+        self._observing = False
 
     def __enter__(self) -> "ReluInputs":
         self._handles = []
@@ -84,28 +87,43 @@ class ReluInputs(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._outputs.clear()
+        self._rectified.clear()
         self._running.clear()
 
     def _begin(self, name: str, *_: Any) -> None:
         self._running.append(name)
-        self._closed.discard(name)
         self.followers.setdefault(name, set())
 
     def _end(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         self._running.pop()
-        if isinstance(output, Tensor) and name not in self._closed:
+        if not isinstance(output, Tensor):
+            return
+        before = self._rectified.of(output)
+        if before is None:
             self._outputs.note(output, name)
+        else:
+            self._see(name, before)
+        if not self._running:
+            self._rectified.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._observing:
+            return func(*args, **kwargs)
         taken = [a for a in tree_leaves((args, kwargs)) if self._outputs.of(a)]
-        op = func.overloadpacket
+        op, inside = func.overloadpacket, None
         if _is_relu(op, args, kwargs):
-            self._meet_relu(args[0])
+            name = self._outputs.of(args[0])
+            if name is not None:
+                self._see(name, args[0])
+            elif self._running:
+                inside = args[0].clone() if func._schema.is_mutable else args[0]
             taken = []
         result = func(*args, **kwargs)
+        if inside is not None:
+            self._rectified.note(result, inside)
         for tensor in taken:
             name = self._outputs.of(tensor)
             if op in SAME_VALUES and isinstance(result, Tensor) and result.shape == tensor.shape:
@@ -117,14 +135,14 @@ class ReluInputs(TorchDispatchMode):
                 self._outputs.forget(leaf)
         return result
 
-    def _meet_relu(self, x: Tensor) -> None:
-        name = self._outputs.of(x)
-        if name is None and self._running:
-            name = self._running[-1]
-            self._closed.add(name)
-        if name is not None:
-            self.followers[name].add("relu")
-            self._observe(name, self._norms[name], x)  # below autograd: it records nothing
+    def _see(self, name: str, x: Tensor) -> None:
+        self.followers[name].add("relu")
+        self._observing = True
+        try:
+            with torch.no_grad():
+                self._observe(name, self._norms[name], x)
+        finally:
+            self._observing = False
 
 
 def _is_relu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

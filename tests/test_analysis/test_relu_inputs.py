@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmbcn import BCN, MicroBCN
+from mmbcn import BCN, MicroBCN, convert_norm
 from mmbcn.analysis import ReluInputs
 
 
@@ -149,6 +149,23 @@ def test_activation_inside_of_the_norm():
     assert followers == {"norm": {"relu"}}
     expected = F.batch_norm(model.conv(x), None, None, training=True)
     torch.testing.assert_close(values, expected)
+
+
+def test_what_a_norm_does_inside_is_not_its_output():
+    """Kalman normalization predicts through a ReLU and a convolution of its own, while training."""
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3)]
+    torch.manual_seed(0)
+    model = convert_norm(nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(inplace=True)), "kn")
+    outputs = {}
+    for name in ("1", "4"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda m, i, y, name=name: outputs.update({name: y.clone()}))
+    seen, followers = watch(model.train())
+    assert model[4].link is not None  # it did predict
+    assert [name for name, _ in seen] == ["1", "4"]
+    for name, values in seen:
+        torch.testing.assert_close(values, outputs[name], rtol=0, atol=0)
+    assert followers == {"1": {"relu"}, "4": {"relu"}}
 
 
 def test_layer_that_runs_several_times():
