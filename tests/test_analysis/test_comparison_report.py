@@ -13,6 +13,8 @@ from browser import show
 from comparisons import made_up
 from PIL import Image
 
+from mmbcn import norm_names
+from mmbcn.analysis.comparison.figures import color_of
 from mmbcn.analysis.comparison.folder import Place
 from mmbcn.analysis.comparison.report import write_report
 from mmbcn.errors import UsageError
@@ -84,6 +86,11 @@ def test_page_tells_the_result(page):
 def test_same_results_give_the_same_page(folder, page):
     write_report(folder)
     assert (folder / "report.html").read_text() == page
+
+
+def test_every_norm_has_a_colour_of_its_own():
+    names = {name.removesuffix("_ws") for name in norm_names()}
+    assert len({color_of(name) for name in norm_names()}) == len(names)
 
 
 def test_few_results_are_enough(tmp_path):

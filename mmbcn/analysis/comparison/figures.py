@@ -24,6 +24,9 @@ _COLORS = dict(
     syncbcn="#CC79A7",
     ln="#8C6D1F",
     frozen_bn="#666666",
+    kn="#44AA99",
+    ic="#882255",
+    none="#999933",
 )
 _COLORS["in"] = "#000000"
 _STYLE = {
