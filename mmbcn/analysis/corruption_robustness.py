@@ -58,10 +58,12 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         spread = [place - 0.3 + 0.6 * (i + 0.5) / len(values) for i in range(len(values))]
         ax.plot(spread, values, ".-", color=color, markersize=5, linewidth=0.8)
     ax.axhline(clean, color="gray", linestyle=":")
-    ax.annotate(f"clean {clean:.1f}", (len(shown) - 0.5, clean), ha="right", va="bottom")
+    ax.annotate(f"clean {clean:.1f}", (len(shown) - 0.4, clean), va="center")
     ax.set_xticks(places, [row["corruption"] for row in shown], rotation=40, ha="right")
+    ax.set_xlim(-0.6, len(shown) - 0.45)
     ax.set_ylabel("mIoU, %")
-    ax.set_ylim(0, 1.12 * max(clean, 1e-6))
+    points = [v for row in rows for key, v in row.items() if key.startswith("severity_")]
+    ax.set_ylim(0, 1.05 * max(*points, clean, 1e-6))
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title, fontsize=10)
     return figure

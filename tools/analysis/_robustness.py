@@ -38,6 +38,12 @@ def load(args: argparse.Namespace, cfg: Config) -> tuple[nn.Module, dict[str, st
     return load_segmentor(cfg, checkpoint, args.checkpoint)[0], fingerprint(path, cfg)
 
 
+def title(args: argparse.Namespace, details: str) -> str:
+    """Of a figure: the config and the norm it was switched to, and details."""
+    norm = f", {args.norm}" if args.norm else ""
+    return f"{Path(args.config).stem}{norm}\n{details}"
+
+
 def fill(
     results: KeptResults, names: Iterable[str], measure: Callable[[str, Stage], float]
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _common import add_config_args, add_trust_arg, read_config, run
-from _robustness import Stage, add_shared_args, fill, load, write
+from _robustness import Stage, add_shared_args, fill, load, title, write
 
 from mmbcn.analysis.corruption_robustness import CLEAN, cell_name, draw, summarize
 from mmbcn.analysis.evaluation import TestSet
@@ -70,7 +70,7 @@ def main() -> None:
     for row in rows:
         values = "".join(f"{row[f'severity_{s}']:8.2f}" for s in severities)
         print(f"{row['corruption']:20}{values}{row['miou']:8.2f}{row['relative']:>9} %")
-    write(out, rows, draw(rows, f"{Path(args.config).stem}\n{tests.num_images} test images"))
+    write(out, rows, draw(rows, title(args, f"{tests.num_images} test images")))
 
 
 if __name__ == "__main__":

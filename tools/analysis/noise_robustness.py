@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _calibration import add_calibration_args
 from _common import add_config_args, add_trust_arg, read_config, run
-from _robustness import Stage, add_shared_args, fill, load, write
+from _robustness import Stage, add_shared_args, fill, load, title, write
 
 from mmbcn.analysis.calibration import find_layers
 from mmbcn.analysis.evaluation import TestSet
@@ -96,8 +96,8 @@ def main() -> None:
             f"{row['noise']:15}{row['level']:7g}  {row['method']:12}{row['miou']:7.2f}{spread}"
             f"  ({row['chips']})"
         )
-    title = f"{Path(args.config).stem}\n{tests.num_images} test images, chips: {args.chips}"
-    write(out, rows, draw(rows, title))
+    details = f"{tests.num_images} test images, chips: {args.chips}"
+    write(out, rows, draw(rows, title(args, details)))
 
 
 if __name__ == "__main__":
