@@ -1,5 +1,6 @@
 """Figures of the distance to elimination singularities."""
 
+import re
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -73,12 +74,12 @@ def draw_spreads(models: Mapping[str, Singularity]) -> Figure:
 
 def draw_depth(models: Mapping[str, Singularity]) -> Figure:
     """Each measure, the share of dead channels too, of each layer in the order of execution."""
-    names = list(dict.fromkeys(v.name for found in models.values() for v in found.layers))
+    names = list(dict.fromkeys(_place(v.name) for found in models.values() for v in found.layers))
     width = max(7.0, 1.5 + 0.16 * len(names))
     figure = Figure((width, 2.0 * len(MEASURES) + 1.2), layout="constrained")
     axes = figure.subplots(len(MEASURES), 1, sharex=True)
     for (label, found), color in zip(models.items(), _colors(len(models)), strict=True):
-        places = [names.index(layer.name) for layer in found.layers]
+        places = [names.index(_place(layer.name)) for layer in found.layers]
         for ax, key in zip(axes, MEASURES, strict=True):
             values = [getattr(layer, key) for layer in found.layers]
             ax.plot(places, values, "o-", color=color, markersize=3, linewidth=1, label=label)
@@ -108,6 +109,11 @@ def draw_curves(runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Figure
         ax.set_xlabel("iteration")
     axes[0].legend(fontsize=7)
     return figure
+
+
+def _place(name: str) -> str:
+    """A layer's name without the kind of norm, which mm models put into it: bn1, gn1."""
+    return re.sub(r"(?<![^.])(bn|gn|ln|in)(?=\d*$)", "norm", name)
 
 
 def _colors(number: int) -> list[object]:

@@ -137,6 +137,14 @@ def test_channels_are_points():
         assert top > wanted[:, 1].max()
 
 
+def test_depth_puts_the_layers_of_several_norms_above_one_another():
+    names = dict(bn=["stem.1", "a.bn1", "b.bn"], gn_ws=["stem.1", "a.gn1", "b.gn"])
+    models = {norm: measured(layers=layers).found for norm, layers in names.items()}
+    axis = draw_depth(models).axes[-1]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["stem.1", "a.norm1", "b.norm"]
+    assert all(list(line.get_xdata()) == [0, 1, 2] for line in axis.get_lines())
+
+
 def test_spreads_depth_and_curves():
     models = {f"m{i}": measured(seed=i, layers=["a", "b"][: 1 + i % 2]).found for i in range(12)}
     spreads = draw_spreads(models)
