@@ -22,8 +22,9 @@ class NormMomentumHook(Hook):
 
     Reaches every layer with running statistics: BatchNorm, SyncBatchNorm, `KN`, `IC`, and the batch
     stage of `BCN`, `SyncBCN` and `MicroBCN`. Layers whose momentum is None (the mean of all
-    batches) are left alone. Depends on the iteration alone, so that a resumed run goes on as if it
-    had not been interrupted. After the training, layers have their own momentum again::
+    batches) are left alone, and so are norms that keep no statistics (GroupNorm). Depends on the
+    iteration alone, so that a resumed run goes on as if it had not been interrupted. After the
+    training, layers have their own momentum again::
 
         default_hooks = dict(norm_momentum=dict(type='mmbcn.NormMomentumHook'))
         --cfg-options default_hooks.norm_momentum.type=mmbcn.NormMomentumHook
@@ -33,7 +34,7 @@ class NormMomentumHook(Hook):
         power: of the decay; 1: linear, 0: ``start`` until the end.
 
     Raises:
-        UsageError: ``end`` or ``power`` is out of range, or the model has no running statistics.
+        UsageError: ``end`` or ``power`` is out of range.
     """
 
     def __init__(self, end: float = 0.01, power: float = 1.0) -> None:
@@ -48,11 +49,6 @@ class NormMomentumHook(Hook):
         """Find the layers."""
         layers = [m for m in runner.model.modules() if isinstance(m, _NormBase)]
         layers = [m for m in layers if m.track_running_stats and m.momentum is not None]
-        if not layers:
-            raise UsageError(
-                "NormMomentumHook: the model has no norm with running statistics (BatchNorm, BCN, "
-                "MicroBCN, ...); remove the hook"
-            )
         self.starts = {layer: layer.momentum for layer in layers}
 
     def before_train_iter(
