@@ -48,7 +48,7 @@ lint: setup-dev
 
 docs: setup-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html; to search in it: $(BIN)/python -m mkdocs serve"
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache

@@ -153,6 +153,9 @@ def summary(checkpoint: Mapping[str, Any], state: State) -> dict[str, str]:
         if meta.get(key) is not None:
             value = meta[key]
             rows[key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if "mmengine_version" in rows:  # mmengine glues the commit of the current folder to it
+        version = rows["mmengine_version"]
+        rows["mmengine_version"] = re.sub("([0-9a-f]{7})[0-9a-f]{33}$", r", commit \1", version)
     return rows
 
 

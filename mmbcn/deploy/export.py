@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmbcn.analysis.images import SplitImages
 from mmbcn.checkpoints.write import whole_file
-from mmbcn.deploy.formats import FORMATS, Run
+from mmbcn.deploy.formats import FORMATS, LEAST_SIDE, Run
 from mmbcn.deploy.int8 import quantize
 from mmbcn.deploy.report import FoldReport
 from mmbcn.deploy.segmenter import Segmenter, file_metadata
@@ -72,11 +72,18 @@ def export(
         check: compare with the model on images of the val split.
 
     Raises:
-        UsageError: the model cannot be exported, a package is missing, or the file does not give
-            what the model does.
+        UsageError: the size is too small, the model cannot be exported, a package is missing, or
+            the file does not give what the model does.
     """
     images = _images(cfg, VERIFIED, "val")
     size = tuple(size or images[0].shape[1:])
+    least = LEAST_SIDE if dynamic else 1
+    if min(size) < least:
+        kind = "dynamic file" if dynamic else "file"
+        raise UsageError(
+            f"a {kind} takes images of {least} pixels or more in height and width, got "
+            f"{size[0]} x {size[1]} (--input-size)"
+        )
     segmenter = Segmenter(model, folded, half)
     options = dict(opset=opset) if kind == "onnx" else {}
     facts = dict(dynamic=dynamic, dtype="float16" if half else "float32", **options)

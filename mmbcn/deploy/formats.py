@@ -19,7 +19,8 @@ from mmbcn.errors import UsageError
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # images -> labels and logits
 
 _BATCH = 3  # of images for a dynamic trace: of 1, a tracer would take it for a constant
-_SIDES, _SIDE = {1: "height", 2: "width"}, 32  # the dynamic axes, and what they are at least
+_SIDES = {1: "height", 2: "width"}  # the dynamic axes
+LEAST_SIDE = 32  # what they are at least, in pixels
 METADATA = "metadata.json"  # of the formats of torch: the name of the file inside of theirs
 
 
@@ -125,7 +126,7 @@ def _exported(segmenter: Segmenter, images: Tensor, dynamic: bool) -> torch.expo
     shapes = None
     if dynamic:
         images = images[:1].expand(_BATCH, -1, -1, -1).contiguous()
-        sides = {axis: torch.export.Dim(name, min=_SIDE) for axis, name in _SIDES.items()}
+        sides = {axis: torch.export.Dim(name, min=LEAST_SIDE) for axis, name in _SIDES.items()}
         shapes = ({0: torch.export.Dim("batch"), **sides},)
     with _quiet("torch.export"):
         return torch.export.export(segmenter, (images,), dynamic_shapes=shapes)

@@ -110,6 +110,7 @@ def test_differences():
 def test_table_of_a_checkpoint(tool, save):
     model = updated(nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "norm": BCN(8, 4)}))
     meta = dict(iter=12, cfg=CFG, dataset_meta=dict(classes=("road", "sky")), averaged=["a", "b"])
+    meta["mmengine_version"] = "0.10.12" + "90cdac6cf2" * 4
     path = save({"meta": meta, "state_dict": model.state_dict(), "optimizer": {}})
     code, out = tool("inspect", path)
     assert code == 0
@@ -122,6 +123,7 @@ def test_table_of_a_checkpoint(tool, save):
         ["norms by config", "SyncBN and mmbcn.BCN, convolutions WSConv2d"],
         ["classes", "2: road, sky"],
         ["iter", "12"],
+        ["mmengine_version", "0.10.12, commit 90cdac6"],
         ["averaged", "a, b"],
         ["norm.bn.running_var", "float32", "8", "8", "2", "0", ""],
     ):

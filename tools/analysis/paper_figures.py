@@ -88,7 +88,7 @@ def main() -> None:
         write_figure(draw_perturbed(perturbed), args.out / "perturbed.png"),
         write_figure(draw_trained(trained), args.out / "trained.png"),
     ]
-    print("written: " + ", ".join(map(str, paths)))
+    print(f"written to {args.out}: {', '.join(path.name for path in paths)}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def main() -> None:
     paths = write_models(models, out) if models else []
     if runs:
         paths.append(write_figure(draw_curves(runs), out / "curves.png"))
-    print("written: " + ", ".join(map(str, paths)))
+    print(f"written to {out}: {', '.join(path.name for path in paths)}")
 
 
 def write_models(models: list[Measured], out: Path) -> list[Path]:
