@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from _common import ROOT, Row, Timing, command, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Row, command, write_csv
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
@@ -18,6 +18,7 @@ from torch import nn
 
 import mmbcn
 from mmbcn.analysis.environment import environment
+from mmbcn.analysis.timing import Timing, markdown_table, time_interleaved
 
 OUT = ROOT / "tools/benchmark/results/fold"
 HEADING = """# Folded norms

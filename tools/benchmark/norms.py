@@ -19,11 +19,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _common import ROOT, Row, Timing, command, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Row, command, write_csv
 from torch import Tensor, nn
 
 import mmbcn
 from mmbcn.analysis.environment import environment
+from mmbcn.analysis.timing import Timing, markdown_table, time_interleaved
 
 OUT = ROOT / "tools/benchmark/results/norms"
 SHAPES = ["2,64,256,512", "2,256,64,128", "2,512,64,128", "2,2048,64,128", "4,64,128,128"]

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _common import ROOT, Timing, command, markdown_table, time_interleaved, write_csv
+from _common import ROOT, command, write_csv
 from mmseg.utils import register_all_modules
 from steps import training_step
 from torch import nn
 
 from mmbcn.analysis.environment import environment
+from mmbcn.analysis.timing import Timing, markdown_table, time_interleaved
 from mmbcn.engine import SingularityHook
 
 OUT = ROOT / "tools/benchmark/results/singularity_hook"

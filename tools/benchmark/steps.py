@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _common import ROOT, Timing, command, markdown_table, time_interleaved, write_csv
+from _common import ROOT, command, write_csv
 from mmengine.config import Config
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -22,6 +22,7 @@ from torch import nn
 import mmbcn
 from mmbcn.analysis.environment import environment
 from mmbcn.analysis.equalize import segmentor_equalizer
+from mmbcn.analysis.timing import Timing, markdown_table, time_interleaved
 
 OUT = ROOT / "tools/benchmark/results/steps"
 HEADING = """# Training steps of DeepLabV3

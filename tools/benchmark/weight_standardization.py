@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import ROOT, Row, Timing, command, markdown_table, time_interleaved, write_csv
+from _common import ROOT, Row, command, write_csv
 from mmcv.cnn import ConvWS2d
 from mmengine.config import Config
 from mmseg.registry import MODELS
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmbcn import WSConv2d
 from mmbcn.analysis.environment import environment
+from mmbcn.analysis.timing import Timing, markdown_table, time_interleaved
 from mmbcn.ops import standardize_weight
 
 OUT = ROOT / "tools/benchmark/results/weight_standardization"

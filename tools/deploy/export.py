@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from _common import add_config_args, add_trust_arg, progress_bar, read_config, run
-from benchmark._common import Timing, markdown_table, time_interleaved
 from mmengine.config import Config
 from torch import nn
 
 from mmbcn.analysis.segmentor import load_segmentor
+from mmbcn.analysis.timing import Timing, markdown_table, time_interleaved
 from mmbcn.checkpoints.fetch import fetch
 from mmbcn.checkpoints.read import read_checkpoint
 from mmbcn.deploy.evaluate import FileModel, validation_set
