@@ -33,15 +33,18 @@ GROUPS = 32
 KEEP = dict(  # glibc: nothing is mapped for one allocation, nothing given back
     MALLOC_MMAP_THRESHOLD_=str(1 << 40), MALLOC_TRIM_THRESHOLD_=str(1 << 40)
 )
-MEMORY = {
-    False: "Memory comes from malloc as it is; page faults are part of the times.",
-    True: "Malloc keeps what is freed: no page faults.",
-}
+CONDITIONS = dict(
+    malloc="Memory comes from malloc as it is; page faults are part of the times.",
+    reuse_memory="Malloc keeps what is freed: no page faults.",
+    cuda="One call at a time: the times are the device's, or the host's for its launches where "
+    "those take longer.",
+    graphs="Replays of CUDA graphs: the times are the device's alone.",
+)
 HEADING = """# Norms against nn.BatchNorm2d
 
 Times divided by those of `nn.BatchNorm2d` (below 1: faster; medians of interleaved rounds), forward
 and backward in training mode; *kept*: bytes saved for backward, in sizes of the input. Forward
-alone, milliseconds, quantiles and peak memory are in the CSV beside this file. {memory} Made by
+alone, milliseconds, quantiles and peak memory are in the CSV beside this file. {condition} Made by
 `{command}`.
 
 {where}
@@ -135,6 +138,11 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="let malloc keep what is freed (glibc on Linux): times without page faults",
     )
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="replay CUDA graphs: the times of the device, without the host's for launches",
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="per shape, dtype and layout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -192,6 +200,25 @@ def peak_bytes(step: Callable[[], object]) -> int | str:
     return torch.cuda.max_memory_allocated() - before
 
 
+def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The launches of a step, in a graph."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def condition(args: argparse.Namespace) -> str:
+    """What the times are of, in a sentence."""
+    if args.device.startswith("cuda"):
+        return CONDITIONS["graphs" if args.graphs else "cuda"]
+    return CONDITIONS["reuse_memory" if args.reuse_memory else "malloc"]
+
+
 def measure(args: argparse.Namespace, shape: tuple[int, ...], dtype: str, layout: str) -> list[Row]:
     """Rows of one shape, dtype and layout."""
     torch.manual_seed(0)
@@ -220,7 +247,8 @@ def measure(args: argparse.Namespace, shape: tuple[int, ...], dtype: str, layout
     kept = {name: kept_bytes(norm, x) for name, norm in norms.items()}
     for part, function in (("forward", forward), ("forward, backward", both)):
         cases = {name: function(norm) for name, norm in norms.items()}
-        lists = time_interleaved(cases, args.seconds / 2, warm=True)
+        timed = {k: captured(v).replay for k, v in cases.items()} if args.graphs else cases
+        lists = time_interleaved(timed, args.seconds / 2, warm=True)
         timings = {name: Timing.of(values) for name, values in lists.items()}
         for name, timing in timings.items():
             ratio = timing.p50 / timings["BatchNorm"].p50
@@ -297,6 +325,8 @@ def main() -> None:
     if args.reuse_memory and not os.environ.keys() >= KEEP.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(args.threads)
+    if args.graphs and not args.device.startswith("cuda"):
+        raise SystemExit(f"--graphs needs a CUDA device, not --device {args.device}")
     if "BatchNorm" not in args.norms:
         args.norms.insert(0, "BatchNorm")
     rows = []
@@ -311,7 +341,7 @@ def main() -> None:
     text = HEADING.format(
         command=command(),
         where=where,
-        memory=MEMORY[args.reuse_memory],
+        condition=condition(args),
         summary=markdown_table(summary(rows)),
     )
     args.out.with_suffix(".md").write_text(text + markdown_table(table(rows)) + "\n")
