@@ -68,7 +68,9 @@ def scale_shift(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tens
         shift: summand of each row.
     """
     if not _has_kernels(x):
-        return (_over(scale, x) * (x - _over(center, x)) + _over(shift, x)).to(x.dtype)
+        y = _over(scale, x) * (x - _over(center, x)) + _over(shift, x)
+        # torch 2.11 compiles an autograd.Function that ends in a cast of nothing to zero gradients
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     return _affine(_dense(x), center, scale, shift)
 
 

@@ -10,6 +10,7 @@ of dy and of ``dy (x - row mean)`` over each row, then ``dx = p dy + q (x - row 
 Shapes: x (N, C, ...); rows (N, C); batch statistics (C,); group statistics (N, G).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def channel_moments(
         if implementation(x) is None:
             return *reference.channel_moments(x), None
     rows = row_moments(x)
-    return *batch_moments(*rows, x[:1].numel() // x.shape[1]), rows
+    return *batch_moments(*rows, math.prod(x.shape[2:])), rows
 
 
 def batch_channel_norm(
@@ -110,7 +111,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         with autocast_off(x):
             s, scale, shift = arithmetic.forward(row_mean, row_var, *inputs, *settings[:3])
             y = passes.scale_shift(x, row_mean, scale, shift)
-        many = x[:1].numel() >= _MANY_POSITIONS * x.shape[1]
+        many = math.prod(x.shape[2:]) >= _MANY_POSITIONS
         ctx.save_for_backward(x, *inputs, *((row_mean, row_var, *s) if many else ()))
         ctx.settings = settings
         return y
@@ -135,7 +136,7 @@ class _BatchChannelNorm(torch.autograd.Function):
             else:
                 s = arithmetic.forward(row_mean, row_var, *inputs, num_groups, bn_eps, eps)[0]
             t1, t2 = passes.row_dots(dy, x, row_mean)
-            positions = x[:1].numel() // x.shape[1]
+            positions = math.prod(x.shape[2:])
             rows = t1, t2, row_mean, row_var, mean, var, bn_weight, weight
             grads, pqr = arithmetic.gradients(s, *rows, positions, bn_eps, count, group)
             dx = passes.combine(dy, x, row_mean, *pqr) if needs[0] else None
