@@ -9,6 +9,8 @@ Shapes: x (N, C, ...), any number of positions M >= 1; batch stage (C,); group s
 """
 
 from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +34,13 @@ from mmbcn.ops.moments import statistics_dtype
 from mmbcn.registry import register_norm
 
 
+@lru_cache
+def _kernels() -> ModuleType:
+    from mmbcn.ops import triton_bcn  # needs triton
+
+    return triton_bcn
+
+
 class BatchChannelNorm(nn.GroupNorm):
     """What the batch-channel norms share; use `BCN`, `MicroBCN` or `SyncBCN`.
 
@@ -44,6 +53,7 @@ class BatchChannelNorm(nn.GroupNorm):
     direct bases only.
     """
 
+    _micro = warmup = False
     _abbr_ = "bn"  # attributes are bn1, bn2, ..., as in the checkpoints of BN networks
 
     def __init__(
@@ -80,6 +90,9 @@ class BatchChannelNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
         check_input(self, x)
+        backend = backend_for(x)
+        if self.bn.training and (y := self._in_one(x, backend)) is not None:
+            return y
         count = rows = None
         if self.bn.training:
             *own, rows = channel_moments(x)
@@ -101,6 +114,28 @@ class BatchChannelNorm(nn.GroupNorm):
             self._group() if self._is_sync() else None,
             rows,
         )
+
+    def _in_one(self, x: Tensor, backend: str) -> Tensor | None:
+        """A training step without its parts in between, where there is such a thing."""
+        if (
+            backend != "triton"
+            or x.numel() <= (0 if self._micro else self.num_features)
+            or in_backward()
+            or self._is_sync()
+        ):
+            return None
+        bn, kernels = self.bn, _kernels()
+        if not kernels.fits(self.num_features, self.num_groups):
+            return None
+        buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        estimates = kernels.Estimates(*buffers, bn.momentum, self._micro, self.warmup)
+        affine = bn.weight, bn.bias, self.weight, self.bias
+        settings = self.num_groups, bn.eps, self.eps
+        y, statistics = kernels.training_step(x, estimates, affine, *settings)
+        if self._micro:
+            mean, var, key = statistics.unbind(0)
+            self._memory.remember(key, mean, var)
+        return y
 
     def _statistics(
         self, mean: Tensor, var: Tensor, count: int
@@ -199,21 +234,17 @@ class BCN(BatchChannelNorm, nn.GroupNorm):
     ) -> None:
         super().__init__(num_features, num_groups, eps, momentum)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` (N, C, ...); statistics in float32, the result in x's dtype."""
-        return self._two_norms(x) if self._is_two_norms(x) else super().forward(x)
+    def _in_one(self, x: Tensor, backend: str) -> Tensor | None:
+        return self._two_norms(x) if self._is_two_norms(x, backend) else super()._in_one(x, backend)
 
-    def _is_two_norms(self, x: Tensor) -> bool:
+    def _is_two_norms(self, x: Tensor, backend: str) -> bool:
         """Whether torch's two norms do all there is to do, on a tensor too small for the rest."""
         bn = self.bn
         return (
-            isinstance(x, Tensor)
+            backend == "reference"
             and x.dtype == bn.running_mean.dtype == bn.weight.dtype == statistics_dtype(x)
-            and x.dim() >= 2
-            and x.numel() > x.shape[1] == self.num_features
-            and bn.training
+            and x.numel() > self.num_features
             and bn.momentum is not None
-            and backend_for(x) == "reference"
             and not torch._C._are_functorch_transforms_active()
             and not self._is_sync()
         )
@@ -314,6 +345,8 @@ class MicroBCN(BatchChannelNorm, nn.GroupNorm):
 
     Reference: Qiao et al. 2019, "Micro-Batch BCN", https://arxiv.org/abs/1911.09738
     """
+
+    _micro = True
 
     def __init__(
         self,

@@ -31,31 +31,27 @@ def backend_for(x: Tensor) -> str:
     wanted = _wanted(x)
     if wanted != "auto":
         return wanted
-    if (
-        x.numel() < (_SMALL_ON_CPU if x.is_cpu else _SMALL)
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if torch._C._are_functorch_transforms_active():
         return "reference"
     if torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return "reference"  # a trace, a fake or distributed tensor: its values are not to be read
-    return "triton" if _prefers_triton(x) else "aten"
+    if _prefers_triton(x):
+        return "triton"
+    return "reference" if x.numel() < (_SMALL_ON_CPU if x.is_cpu else _SMALL) else "aten"
 
 
-def implementation(x: Tensor) -> tuple[ModuleType, ModuleType] | None:
-    """The modules of the fused form of ``x``: passes over x, and arithmetic on rows.
-
-    None: the reference computes.
-    """
+def implementation(x: Tensor) -> ModuleType | None:
+    """The module of the passes over x that are fused; None: the reference computes."""
     backend = backend_for(x)
     if backend == "reference":
         return None
     if backend == "triton":
-        from mmbcn.ops import triton_coefficients, triton_passes
+        from mmbcn.ops import triton_passes
 
-        return triton_passes, triton_coefficients
-    from mmbcn.ops import aten, coefficients
+        return triton_passes
+    from mmbcn.ops import aten
 
-    return aten, coefficients
+    return aten
 
 
 def has_kernels(statistics: Tensor) -> bool:

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmbcn.ops import reference
-from mmbcn.ops.backend import autocast_off, implementation
+from mmbcn.ops import aten, coefficients, reference
+from mmbcn.ops.backend import autocast_off, backend_for, implementation
 from mmbcn.ops.coefficients import Stages
 from mmbcn.ops.moments import batch_moments
 
@@ -35,7 +35,7 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         if fused is None:
             return reference.row_moments(x)
         with autocast_off(x):
-            return fused[0].row_moments(x)
+            return fused.row_moments(x)
 
 
 def channel_moments(
@@ -97,20 +97,25 @@ def batch_channel_norm(
     Reference: Qiao et al. 2019, Batch-Channel Normalization, https://arxiv.org/abs/1911.09738
     """
     settings = num_groups, bn_eps, eps, count, group
-    arguments = x, mean, var, bn_weight, bn_bias, weight, bias
-    if implementation(x) is None:
-        return reference.batch_channel_norm(*arguments, *settings)
-    return _BatchChannelNorm.apply(*arguments, *(rows or row_moments(x)), settings)
+    affine = bn_weight, bn_bias, weight, bias
+    backend = backend_for(x)
+    if backend == "triton" and x.numel():
+        from mmbcn.ops import triton_bcn
+
+        if triton_bcn.fits(x.shape[1], num_groups):
+            return triton_bcn.batch_channel_norm(x, mean, var, affine, settings, rows)
+    if backend == "reference":
+        return reference.batch_channel_norm(x, mean, var, *affine, *settings)
+    return _BatchChannelNorm.apply(x, mean, var, *affine, *(rows or row_moments(x)), settings)
 
 
 class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *tensors_and_settings: Any) -> Tensor:
         *inputs, row_mean, row_var, settings = tensors_and_settings
-        passes, arithmetic = implementation(x)
         with autocast_off(x):
-            s, scale, shift = arithmetic.forward(row_mean, row_var, *inputs, *settings[:3])
-            y = passes.scale_shift(x, row_mean, scale, shift)
+            s, scale, shift = coefficients.forward(row_mean, row_var, *inputs, *settings[:3])
+            y = aten.scale_shift(x, row_mean, scale, shift)
         many = math.prod(x.shape[2:]) >= _MANY_POSITIONS
         ctx.save_for_backward(x, *inputs, *((row_mean, row_var, *s) if many else ()))
         ctx.settings = settings
@@ -123,22 +128,19 @@ class _BatchChannelNorm(torch.autograd.Function):
         mean, var, bn_weight, _, weight, _ = inputs
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradient will be differentiated
-            y = reference.batch_channel_norm(x, *inputs, *ctx.settings)
-            wanted = [t for t, need in zip((x, *inputs), needs, strict=False) if need]
-            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(grads) if need else None for need in needs[:7]), None, None, None
+            grads = reference.gradients(needs[:7], dy, (x, *inputs), ctx.settings)
+            return *grads, None, None, None
         num_groups, bn_eps, eps, count, group = ctx.settings
-        passes, arithmetic = implementation(x)
         with autocast_off(x):
-            row_mean, row_var = kept[:2] or passes.row_moments(x)
+            row_mean, row_var = kept[:2] or aten.row_moments(x)
             if kept:
                 s = Stages(*kept[2:])
             else:
-                s = arithmetic.forward(row_mean, row_var, *inputs, num_groups, bn_eps, eps)[0]
-            t1, t2 = passes.row_dots(dy, x, row_mean)
+                s = coefficients.forward(row_mean, row_var, *inputs, num_groups, bn_eps, eps)[0]
+            t1, t2 = aten.row_dots(dy, x, row_mean)
             positions = math.prod(x.shape[2:])
             rows = t1, t2, row_mean, row_var, mean, var, bn_weight, weight
-            grads, pqr = arithmetic.gradients(s, *rows, positions, bn_eps, count, group)
-            dx = passes.combine(dy, x, row_mean, *pqr) if needs[0] else None
+            grads, pqr = coefficients.gradients(s, *rows, positions, bn_eps, count, group)
+            dx = aten.combine(dy, x, row_mean, *pqr) if needs[0] else None
         grads = (grad.to(t.dtype) for grad, t in zip(grads, inputs[2:], strict=True))
         return dx, None, None, *grads, None, None, None

@@ -92,7 +92,7 @@ class _ChannelStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        passes, _ = implementation(x)
+        passes = implementation(x)
         shift, scale = grad[0] / ctx.count, grad[1] * (2 / ctx.count)
         with autocast_off(x):
             return passes.scale_shift(x, *_for_rows(x, mean, scale, shift))
@@ -147,7 +147,7 @@ class _KalmanNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         predicted, weight, bias, observed, q, ctx.eps, ctx.settle = inputs
-        passes, _ = implementation(x)
+        passes = implementation(x)
         filtered, gain, prior = _filter(observed, predicted, q)
         with autocast_off(x):
             scale = weight * torch.rsqrt(filtered[1] + ctx.eps)
@@ -161,7 +161,7 @@ class _KalmanNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfiltered: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, observed, prior, filtered, gain = ctx.saved_tensors
-        passes, _ = implementation(x)
+        passes = implementation(x)
         with autocast_off(x):
             (center,) = _for_rows(x, observed[0])
             total, dot = (v.sum(0) for v in passes.row_dots(dy, x, center))

@@ -10,6 +10,7 @@ Shapes: x (N, C, ...); rows, the positions of one (n, c): (N, C); batch statisti
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,16 @@ def batch_channel_norm(
         cudnn = torch.backends.cudnn.enabled
         z = torch.batch_norm(x, bn_weight, bn_bias, *statistics, own, 0.0, bn_eps, cudnn)
     return channel_stage(z, weight, bias, num_groups, eps).to(result_dtype)
+
+
+def gradients(
+    needs: tuple[bool, ...], dy: Tensor, inputs: tuple[Tensor, ...], settings: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of `batch_channel_norm` for those of its tensors that need one."""
+    y = batch_channel_norm(*inputs, *settings)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(next(grads) if need else None for need in needs)
 
 
 def channel_stage(z: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:

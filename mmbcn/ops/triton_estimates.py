@@ -3,12 +3,14 @@
 Nothing waits for the device: the number of steps so far is read there.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmbcn.ops.triton_launch import launch
+from mmbcn.ops.triton_launch import Launch, blocks
 
 _CHANNELS = 256  # of a program
 
@@ -20,13 +22,8 @@ def batch_moments(row_mean: Tensor, row_var: Tensor) -> tuple[Tensor, Tensor]:
     """
     samples, channels = row_mean.shape
     mean, var = torch.empty((2, channels), dtype=row_mean.dtype, device=row_mean.device)
-    launch(
-        _batch_moments_kernel,
-        triton.cdiv(channels, _CHANNELS),
-        row_mean,
-        *(row_mean.contiguous(), row_var.contiguous(), mean, var, samples, channels),
-        BLOCK=_CHANNELS,
-    )
+    run = _batch_moments_launch(samples, channels)
+    run(row_mean.contiguous(), row_var.contiguous(), mean, var)
     return mean, var
 
 
@@ -44,21 +41,25 @@ def update_estimates(
     """As `mmbcn.ops.estimates.update_estimates`, for a count of at least 2, with ``micro`` 1."""
     assert running_mean.is_contiguous()
     assert running_var.is_contiguous()
-    channels = len(mean)
     new_mean, new_var = torch.empty_like(running_mean), torch.empty_like(running_var)
-    launch(
-        _update_kernel,
-        triton.cdiv(channels, _CHANNELS),
-        mean,
-        *(running_mean, running_var, num_batches_tracked, mean.contiguous(), var.contiguous()),
-        *(new_mean, new_var, channels, count, 2 if micro and count == 1 else 1),
-        float(momentum or 0),
-        MICRO=micro,
-        WARMUP=warmup or momentum is None,
-        BLOCK=_CHANNELS,
-    )
+    run = _update_launch(len(mean), count, micro, warmup or momentum is None)
+    tensors = running_mean, running_var, num_batches_tracked, mean.contiguous(), var.contiguous()
+    run(*tensors, new_mean, new_var, numbers=(float(momentum or 0),))
     num_batches_tracked += 1  # a launch of its own: every program of the kernel reads the old value
     return new_mean, new_var
+
+
+@lru_cache(maxsize=1024)
+def _batch_moments_launch(samples: int, channels: int) -> Launch:
+    programs = blocks(channels, _CHANNELS)
+    return Launch(_batch_moments_kernel, programs, (samples, channels), BLOCK=_CHANNELS)
+
+
+@lru_cache(maxsize=1024)
+def _update_launch(channels: int, count: int, micro: bool, warmup: bool) -> Launch:
+    sizes = channels, count, 2 if micro and count == 1 else 1
+    constants = dict(MICRO=micro, WARMUP=warmup, BLOCK=_CHANNELS)
+    return Launch(_update_kernel, blocks(channels, _CHANNELS), sizes, **constants)
 
 
 @triton.jit
@@ -91,10 +92,10 @@ def _update_kernel(
     var_ptr,
     new_mean_ptr,
     new_var_ptr,
+    momentum: tl.float64,
     channels,
     count,
     batches,
-    momentum: tl.float64,
     MICRO: tl.constexpr,
     WARMUP: tl.constexpr,
     BLOCK: tl.constexpr,

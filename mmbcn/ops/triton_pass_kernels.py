@@ -3,7 +3,8 @@
 The kernels see x as (samples, rows, positions). Contiguous: all rows are of one sample, positions
 are the fastest dimension. Channels last (`LAST`): rows, the channels, are the fastest. A program
 computes on a part of the positions of a block of rows, in `steps` tiles of BLOCK_R x BLOCK_M.
-Offsets are 64 bits wide at a tile's corner and 32 inside it.
+Offsets are 64 bits wide at a tile's corner and 32 inside it. Values of rows lie in one tensor,
+each kind `stride` values (all rows) after the one before.
 """
 
 import triton
@@ -66,18 +67,18 @@ def _merge(mean, m2, count):
 @triton.jit(do_not_specialize=["parts", "steps"])
 def moments_kernel(
     x_ptr,
-    mean_ptr,
-    var_ptr,
+    moments_ptr,
     rows,
     positions,
     parts,
     steps,
+    stride,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Mean and biased variance of each part of each row: x -> (row, part) twice."""
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    """Mean and biased variance of each part of each row: x -> (2, row, part)."""
+    dtype: tl.constexpr = moments_ptr.dtype.element_ty
     sample, row, part = _place(rows, parts, BLOCK_R, LAST)
     start = part.to(tl.int64) * steps * BLOCK_M
     r = row + tl.arange(0, BLOCK_R)[:, None]
@@ -101,16 +102,14 @@ def moments_kernel(
     count = tl.minimum((left + BLOCK_M - 1) // BLOCK_M, steps)
     center, var = _merge(mean, m2, count.to(dtype))
     at = (sample * rows + r) * parts + part
-    tl.store(mean_ptr + at, first + center, mask=r < rows)
-    tl.store(var_ptr + at, var, mask=r < rows)
+    tl.store(moments_ptr + at, first + center, mask=r < rows)
+    tl.store(moments_ptr + stride * parts + at, var, mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def merge_parts_kernel(
-    part_mean_ptr,
-    part_var_ptr,
-    mean_ptr,
-    var_ptr,
+    parts_ptr,
+    moments_ptr,
     rows,
     positions,
     parts,
@@ -118,45 +117,44 @@ def merge_parts_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Moments of rows from those of their parts: (row, part) twice -> row twice."""
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    """Moments of rows from those of their parts: (2, row, part) -> (2, row)."""
+    dtype: tl.constexpr = moments_ptr.dtype.element_ty
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     part = tl.arange(0, BLOCK_P)[None, :]
     exists = (r < rows) & (part < parts)
-    first = tl.load(part_mean_ptr + r * parts, mask=r < rows, other=0.0)
-    mean = tl.load(part_mean_ptr + r * parts + part, mask=exists, other=0.0)
+    first = tl.load(parts_ptr + r * parts, mask=r < rows, other=0.0)
+    mean = tl.load(parts_ptr + r * parts + part, mask=exists, other=0.0)
     mean = tl.where(exists, mean - first, 0.0)
-    var = tl.load(part_var_ptr + r * parts + part, mask=exists, other=0.0)
+    var = tl.load(parts_ptr + (rows + r) * parts + part, mask=exists, other=0.0)
     left = positions - part.to(tl.int64) * part_size
     count = tl.minimum(tl.maximum(left, 0), part_size).to(dtype)
     center, var = _merge(mean, count * var, count)
-    tl.store(mean_ptr + r, first + center, mask=r < rows)
-    tl.store(var_ptr + r, var, mask=r < rows)
+    tl.store(moments_ptr + r, first + center, mask=r < rows)
+    tl.store(moments_ptr + rows + r, var, mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def scale_shift_kernel(
     x_ptr,
     y_ptr,
-    center_ptr,
-    scale_ptr,
-    shift_ptr,
+    rows_ptr,
     rows,
     positions,
     parts,
+    stride,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """One tile of ``y = scale (x - center) + shift``."""
+    """One tile of ``y = scale (x - center) + shift``; rows: center, scale, shift."""
     sample, row, part = _place(rows, parts, BLOCK_R, LAST)
     position = part.to(tl.int64) * BLOCK_M
     corner, inside, exists = _tile(sample, row, position, rows, positions, BLOCK_R, BLOCK_M, LAST)
     r = row + tl.arange(0, BLOCK_R)[:, None]
-    at = sample * rows + r
-    center = tl.load(center_ptr + at, mask=r < rows, other=0.0)
-    scale = tl.load(scale_ptr + at, mask=r < rows, other=0.0)
-    shift = tl.load(shift_ptr + at, mask=r < rows, other=0.0)
+    of_row = rows_ptr + sample * rows + r
+    center = tl.load(of_row, mask=r < rows, other=0.0)
+    scale = tl.load(of_row + stride, mask=r < rows, other=0.0)
+    shift = tl.load(of_row + 2 * stride, mask=r < rows, other=0.0)
     x = tl.load(x_ptr + corner + inside, mask=exists, other=0.0).to(center.dtype)
     y = scale * (x - center) + shift
     tl.store(y_ptr + corner + inside, y.to(y_ptr.dtype.element_ty), mask=exists)
@@ -167,18 +165,18 @@ def dots_kernel(
     dy_ptr,
     x_ptr,
     center_ptr,
-    total_ptr,
-    dot_ptr,
+    sums_ptr,
     rows,
     positions,
     parts,
     steps,
+    stride,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Sums of dy and of dy (x - center) over each part of each row: -> (row, part) twice."""
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    """Sums of dy and of dy (x - center) over each part of each row: -> (2, row, part)."""
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
     sample, row, part = _place(rows, parts, BLOCK_R, LAST)
     start = part.to(tl.int64) * steps * BLOCK_M
     r = row + tl.arange(0, BLOCK_R)[:, None]
@@ -195,8 +193,9 @@ def dots_kernel(
         total += dy
         dot += dy * (x - center)
     at = (sample * rows + r) * parts + part
-    tl.store(total_ptr + at, tl.sum(total, axis=1, keep_dims=True), mask=r < rows)
-    tl.store(dot_ptr + at, tl.sum(dot, axis=1, keep_dims=True), mask=r < rows)
+    tl.store(sums_ptr + at, tl.sum(total, axis=1, keep_dims=True), mask=r < rows)
+    second = sums_ptr + stride * parts + at
+    tl.store(second, tl.sum(dot, axis=1, keep_dims=True), mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -204,27 +203,25 @@ def combine_kernel(
     dy_ptr,
     x_ptr,
     dx_ptr,
-    center_ptr,
-    p_ptr,
-    q_ptr,
-    r_ptr,
+    rows_ptr,
     rows,
     positions,
     parts,
+    stride,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """One tile of ``dx = p dy + q (x - center) + r``."""
+    """One tile of ``dx = p dy + q (x - center) + r``; rows: center, p, q, r."""
     sample, row, part = _place(rows, parts, BLOCK_R, LAST)
     position = part.to(tl.int64) * BLOCK_M
     corner, inside, exists = _tile(sample, row, position, rows, positions, BLOCK_R, BLOCK_M, LAST)
     index = row + tl.arange(0, BLOCK_R)[:, None]
-    at = sample * rows + index
-    center = tl.load(center_ptr + at, mask=index < rows, other=0.0)
-    p = tl.load(p_ptr + at, mask=index < rows, other=0.0)
-    q = tl.load(q_ptr + at, mask=index < rows, other=0.0)
-    r = tl.load(r_ptr + at, mask=index < rows, other=0.0)
+    of_row = rows_ptr + sample * rows + index
+    center = tl.load(of_row, mask=index < rows, other=0.0)
+    p = tl.load(of_row + stride, mask=index < rows, other=0.0)
+    q = tl.load(of_row + 2 * stride, mask=index < rows, other=0.0)
+    r = tl.load(of_row + 3 * stride, mask=index < rows, other=0.0)
     dy = tl.load(dy_ptr + corner + inside, mask=exists, other=0.0).to(center.dtype)
     x = tl.load(x_ptr + corner + inside, mask=exists, other=0.0).to(center.dtype)
     dx = p * dy + q * (x - center) + r

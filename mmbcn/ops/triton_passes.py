@@ -1,4 +1,4 @@
-"""The passes over x of the fused batch-channel norm, in Triton; the same functions as in `aten`.
+"""The passes over x of the fused norms, in Triton; the same functions as in `aten`.
 
 Each pass reads x (and dy) once, in tiles of rows x positions. Where rows are too few to fill the
 device, the positions of each are split into parts, whose results are combined in a fixed order: no
@@ -6,60 +6,102 @@ atomics, the same bits in every run. Moments are Welford's, combined by Chan's r
 is lost where the mean is large against the spread.
 
 Shapes: x, dy (N, C, ...), contiguous or channels-last without a copy, else copied; everything else
-(N, C), in the dtype of statistics.
+(N, C), in the dtype of statistics. Several of them are one tensor (k, N, C) for the kernels.
 """
 
-from typing import Any, NamedTuple
+from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from mmbcn.ops import triton_pass_kernels as kernels
 from mmbcn.ops.aten import _dense, _is_channels_last
 from mmbcn.ops.moments import statistics_dtype
-from mmbcn.ops.triton_launch import block, launch, programs_wanted
+from mmbcn.ops.triton_launch import Launch, blocks, power_of_2, programs_wanted
 
 _TILE = 2048  # values in a tile: 16 for each thread of 4 warps
 _CHANNELS = 128  # most of them in a channels-last tile
+_LEAST = 16  # of either side of a tile
 _PARTS = 512  # most of them for a row
 
 
-class _Cut(NamedTuple):
-    """How a dense x is cut into tiles."""
+class Passes:
+    """How a dense x is cut into tiles, and the launches on such tensors.
 
-    rows: int  # of a sample; of the whole batch where x is contiguous
-    positions: int
-    blocks: int  # of rows, over all samples
-    tiles: int  # along the positions of each
-    block_r: int
-    block_m: int
-    last: bool
+    Args:
+        shape: of x.
+        device: of x.
+        last: whether x is channels-last.
+    """
 
-    def parts(self, x: Tensor) -> tuple[int, int]:
-        """Parts of each row, enough to fill the device and none of them empty; tiles in each."""
-        most = min(_PARTS, triton.cdiv(programs_wanted(x), self.blocks))
-        steps = triton.cdiv(self.tiles, min(self.tiles, most))
-        return triton.cdiv(self.tiles, steps), steps
+    def __init__(self, shape: torch.Size, device: torch.device, last: bool) -> None:
+        samples, channels = shape[:2]
+        self.positions = shape[2:].numel()
+        self.count = samples * self.positions
+        self.last = last
+        if last:
+            rows, of = channels, samples  # of a sample
+            self.block_r = max(_LEAST, power_of_2(rows, _CHANNELS))
+            self.block_m = max(_LEAST, power_of_2(self.positions, _TILE // self.block_r))
+        else:
+            rows, of = samples * channels, 1
+            self.block_m = max(_LEAST, power_of_2(self.positions, _TILE))
+            self.block_r = _TILE // self.block_m
+        self.blocks = of * blocks(rows, self.block_r)
+        self.tiles = blocks(self.positions, self.block_m)
+        # parts of each row, enough to fill the device and none of them empty; tiles in each
+        most = min(_PARTS, blocks(programs_wanted(device), self.blocks))
+        self.steps = blocks(self.tiles, min(self.tiles, most))
+        self.parts = blocks(self.tiles, self.steps)
+        self.part_size = self.steps * self.block_m
+        self.part_shape = (2, samples, channels, self.parts)
+        self.row_shape = (samples, channels)
 
-    def launch(self, kernel: Any, x: Tensor, parts: int, *arguments: Any) -> None:
-        constants = dict(BLOCK_R=self.block_r, BLOCK_M=self.block_m, LAST=self.last)
-        launch(kernel, self.blocks * parts, x, *arguments, **constants)
+        constants = dict(BLOCK_R=self.block_r, BLOCK_M=self.block_m, LAST=last)
+        stride = samples * channels
+        of_parts = rows, self.positions, self.parts, self.steps, stride
+        of_tiles = rows, self.positions, self.tiles, stride
+        programs = self.blocks * self.parts, self.blocks * self.tiles
+        self.moments = Launch(kernels.moments_kernel, programs[0], of_parts, **constants)
+        self.dots = Launch(kernels.dots_kernel, programs[0], of_parts, **constants)
+        self.scale_shift = Launch(kernels.scale_shift_kernel, programs[1], of_tiles, **constants)
+        self.combine = Launch(kernels.combine_kernel, programs[1], of_tiles, **constants)
+        block_p = power_of_2(self.parts)
+        block_r = max(1, _TILE // block_p)
+        sizes = stride, self.positions, self.parts, self.part_size
+        tile = dict(BLOCK_R=block_r, BLOCK_P=block_p)
+        merge = kernels.merge_parts_kernel
+        self.merge_parts = Launch(merge, blocks(stride, block_r), sizes, **tile)
+
+    def moments_of_parts(self, x: Tensor) -> Tensor:
+        """Mean and biased variance of each part of each row, (2, N, C, parts)."""
+        moments = torch.empty(self.part_shape, dtype=statistics_dtype(x), device=x.device)
+        self.moments(x, moments)
+        return moments
+
+    def moments_of_rows(self, parts: Tensor) -> Tensor:
+        """Those of each row from those of its parts: -> (2, N, C)."""
+        if self.parts == 1:
+            return parts.squeeze(3)
+        moments = torch.empty((2, *self.row_shape), dtype=parts.dtype, device=parts.device)
+        self.merge_parts(parts, moments)
+        return moments
+
+    def dots_of_parts(self, dy: Tensor, x: Tensor, center: Tensor) -> Tensor:
+        """Sums of dy and of ``dy (x - center)`` over each part of each row, (2, N, C, parts)."""
+        sums = torch.empty(self.part_shape, dtype=center.dtype, device=x.device)
+        self.dots(dy, x, center, sums)
+        return sums
 
 
-def _cut(x: Tensor) -> _Cut:
-    samples, rows = x.shape[:2]
-    positions = x.numel() // (samples * rows)
-    last = _is_channels_last(x)
-    if last:
-        block_r = block(rows, _CHANNELS)
-        block_m = block(positions, _TILE // block_r)
-    else:
-        samples, rows = 1, samples * rows
-        block_m = block(positions, _TILE)
-        block_r = _TILE // block_m
-    blocks, tiles = samples * triton.cdiv(rows, block_r), triton.cdiv(positions, block_m)
-    return _Cut(rows, positions, blocks, tiles, block_r, block_m, last)
+@lru_cache(maxsize=1024)
+def _passes(shape: torch.Size, device: torch.device, last: bool) -> Passes:
+    return Passes(shape, device, last)
+
+
+def passes_over(x: Tensor) -> Passes:
+    """The passes over a dense, non-empty x and tensors like it."""
+    return _passes(x.shape, x.device, _is_channels_last(x))
 
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,35 +109,12 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Shape: (N, C, ...) -> (N, C), (N, C)
     """
-    shape, dtype = x.shape[:2], statistics_dtype(x)
     if not x.numel():
-        return x.new_zeros(shape, dtype=dtype), x.new_zeros(shape, dtype=dtype)
+        zeros = x.new_zeros((2, *x.shape[:2]), dtype=statistics_dtype(x))
+        return zeros[0], zeros[1]
     x = _dense(x)
-    cut = _cut(x)
-    parts, steps = cut.parts(x)
-    of_parts = torch.empty((2, *shape, parts), dtype=dtype, device=x.device)
-    sizes = cut.rows, cut.positions, parts, steps
-    cut.launch(kernels.moments_kernel, x, parts, x, *of_parts, *sizes)
-    if parts == 1:
-        mean, var = of_parts.squeeze(3)
-        return mean, var
-    mean, var = torch.empty((2, *shape), dtype=dtype, device=x.device)
-    block_p = block(parts, _PARTS)
-    block_r = max(1, _TILE // block_p)
-    launch(
-        kernels.merge_parts_kernel,
-        triton.cdiv(mean.numel(), block_r),
-        x,
-        *of_parts,
-        mean,
-        var,
-        mean.numel(),
-        cut.positions,
-        parts,
-        steps * cut.block_m,
-        BLOCK_R=block_r,
-        BLOCK_P=block_p,
-    )
+    passes = passes_over(x)
+    mean, var = passes.moments_of_rows(passes.moments_of_parts(x))
     return mean, var
 
 
@@ -111,9 +130,7 @@ def scale_shift(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tens
     x = _dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        cut, rows = _cut(x), (value.contiguous() for value in (center, scale, shift))
-        sizes = cut.rows, cut.positions, cut.tiles
-        cut.launch(kernels.scale_shift_kernel, x, cut.tiles, x, y, *rows, *sizes)
+        passes_over(x).scale_shift(x, y, torch.stack((center, scale, shift)))
     return y
 
 
@@ -122,13 +139,8 @@ def row_dots(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return torch.zeros_like(center), torch.zeros_like(center)
     x = _dense(x)
-    dy = _dense(dy, like=x)
-    cut = _cut(x)
-    parts, steps = cut.parts(x)
-    sums = torch.empty((2, *center.shape, parts), dtype=center.dtype, device=x.device)
-    sizes = cut.rows, cut.positions, parts, steps
-    cut.launch(kernels.dots_kernel, x, parts, dy, x, center.contiguous(), *sums, *sizes)
-    total, dot = sums.sum(3) if parts > 1 else sums.squeeze(3)
+    passes = passes_over(x)
+    total, dot = passes.dots_of_parts(_dense(dy, like=x), x, center.contiguous()).sum(3)
     return total, dot
 
 
@@ -137,8 +149,5 @@ def combine(dy: Tensor, x: Tensor, center: Tensor, p: Tensor, q: Tensor, r: Tens
     x = _dense(x)
     dx = torch.empty_like(x)
     if x.numel():
-        dy = _dense(dy, like=x)
-        cut, rows = _cut(x), (value.contiguous() for value in (center, p, q, r))
-        sizes = cut.rows, cut.positions, cut.tiles
-        cut.launch(kernels.combine_kernel, x, cut.tiles, dy, x, dx, *rows, *sizes)
+        passes_over(x).combine(_dense(dy, like=x), x, dx, torch.stack((center, p, q, r)))
     return dx

@@ -66,16 +66,19 @@ WHOLE = {"steps_ptr": "*i64", "momentum": "fp64", "steps": "i32"}
 
 def variants():
     """Kernel and constants, for each branch that a constant selects."""
-    from mmbcn.ops import triton_coefficients, triton_estimates, triton_pass_kernels
+    from mmbcn.ops import triton_estimates, triton_pass_kernels, triton_stages
 
     for tile in (CONTIGUOUS, CHANNELS_LAST):
         for name in ("moments", "scale_shift", "dots", "combine"):
             yield getattr(triton_pass_kernels, f"{name}_kernel"), tile
     yield triton_pass_kernels.merge_parts_kernel, dict(BLOCK_R=32, BLOCK_P=64)
-    block = dict(BN_EPS=1e-5, BLOCK_N=2, BLOCK_K=64)
-    yield triton_coefficients._forward_kernel, dict(EPS=1e-5, **block)
-    for through in (False, True):
-        yield triton_coefficients._gradients_kernel, dict(THROUGH_BATCH=through, **block)
+    for parts in (1, 16):
+        block = dict(BN_EPS=1e-5, BLOCK_N=2, BLOCK_K=64, BLOCK_P=parts)
+        for update, micro in ((False, False), (True, False), (True, True)):
+            constants = dict(UPDATE=update, MICRO=micro, WARMUP=micro, EPS=1e-5)
+            yield triton_stages._forward_kernel, constants | block
+        for through in (False, True):
+            yield triton_stages._gradients_kernel, dict(THROUGH_BATCH=through, **block)
     yield triton_estimates._batch_moments_kernel, dict(BLOCK=256)
     for micro in (False, True):
         constants = dict(MICRO=micro, WARMUP=micro, BLOCK=256)

@@ -19,9 +19,9 @@ from mmbcn.ops import (
     channel_statistics,
     kalman_norm,
     row_moments,
-    triton_coefficients,
     triton_pass_kernels,
     triton_passes,
+    triton_stages,
     update_estimates,
 )
 from mmbcn.ops.backend import backend_for
@@ -49,7 +49,9 @@ def hard_conditions(monkeypatch):
     monkeypatch.setenv("MMBCN_BACKEND", "triton")
     monkeypatch.setattr(triton_passes, "_TILE", 64)
     monkeypatch.setattr(triton_passes, "_CHANNELS", 16)
-    monkeypatch.setattr(triton_coefficients, "_BLOCK", 32)
+    monkeypatch.setattr(triton_stages, "_BLOCK", 32)
+    triton_passes._passes.cache_clear()
+    triton_stages.arithmetic_of.cache_clear()
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, filled_with_nan(getattr(torch, name)))
 
@@ -89,16 +91,15 @@ def error(actual, expected):
 def test_the_cases_have_several_parts_of_several_tiles():
     for last in (False, True):
         x = values(SHAPES["parts"], last=last)
-        cut = triton_passes._cut(x)
-        parts, steps = cut.parts(x)
-        assert cut.last == last
+        passes = triton_passes.passes_over(x)
+        assert passes.last == last
         if DEVICE == "cpu":
-            assert parts > 1
-            assert steps > 1
-            assert cut.tiles % steps  # the last part is shorter
-        assert cut.positions % cut.block_m
-    assert triton_passes._cut(values(SHAPES["channels"])).blocks > 1
-    assert triton_passes._cut(values(SHAPES["channels"], last=True)).blocks > 2
+            assert passes.parts > 1
+            assert passes.steps > 1
+            assert passes.tiles % passes.steps  # the last part is shorter
+        assert passes.positions % passes.block_m
+    assert triton_passes.passes_over(values(SHAPES["channels"])).blocks > 1
+    assert triton_passes.passes_over(values(SHAPES["channels"], last=True)).blocks > 2
 
 
 @pytest.mark.parametrize(("name", "last", "dtype"), CASES)
@@ -207,7 +208,10 @@ def test_output_and_every_gradient(name, last, dtype, frozen):
 @pytest.mark.parametrize("samples", [1, 5])
 def test_groups_of_all_channels_and_of_one(groups, samples):
     x, dy = (values((samples, 20, 3, 5), torch.float32, seed) for seed in (0, 1))
-    assert triton_coefficients._blocks(5, 20)["BLOCK_N"] < 5  # several blocks of samples
+    passes = triton_passes.passes_over(values((5, 20, 3, 5)))
+    assert (
+        triton_stages.Arithmetic(passes, 1, 0, 0).tile["BLOCK_N"] < 5
+    )  # several blocks of samples
     *affine, _, _ = parameters(20, groups, torch.float32)
     results = [f(x, dy, affine, groups, None) for f in (by_kernels, by_torch)]
     for what, actual, expected in zip(NAMES, *results, strict=True):
