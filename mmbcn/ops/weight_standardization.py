@@ -19,7 +19,8 @@ direction is one call of torch's layer-norm kernel and a product. With n weights
 - ``dW = rstd / t * (dy - mean(dy) - sqrt(b) * t / n * y * sum(dy * y))``: the kernel's backward for
   an input y of mean 0 and rstd ``root = sqrt(sqrt(b) * t)``, times ``rstd / t / root``
 
-The backward pass keeps the weights, and y, which the convolution keeps anyway.
+The backward pass keeps the weights, and y, which the convolution keeps anyway. On GPUs, Triton
+kernels compute the same.
 """
 
 import math
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmbcn.ops.backend import has_kernels
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
@@ -84,6 +87,14 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, eps: float, eps_inside: bool, unbiased: bool) -> Tensor:
+        ctx.variant = eps, eps_inside, unbiased
+        ctx.kernels = weight.numel() > 0 and has_kernels(weight)
+        if ctx.kernels:
+            from mmbcn.ops import triton_weight_standardization as kernels
+
+            y, factors = kernels.standardize(weight, *ctx.variant)
+            ctx.save_for_backward(weight, y, factors, None)
+            return y
         channels_last = weight.stride(1) < weight.stride(-1)
         w = _in_memory_order(weight, channels_last)
         filter_shape = w.shape[1:]
@@ -97,7 +108,7 @@ class _Standardize(torch.autograd.Function):
         t = None if eps_inside else torch.add(b**0.5, rstd, alpha=eps)
         y.div_(b**0.5 if t is None else t)
         ctx.save_for_backward(weight, y, rstd, t)
-        ctx.variant, ctx.b, ctx.channels_last = (eps, eps_inside, unbiased), b, channels_last
+        ctx.b, ctx.channels_last = b, channels_last
         return _in_weight_order(y, weight, channels_last)
 
     @staticmethod
@@ -106,6 +117,10 @@ class _Standardize(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody may differentiate this once more
             _, vjp = torch.func.vjp(lambda w: standardize_weight_reference(w, *ctx.variant), weight)
             return vjp(grad)[0], None, None, None
+        if ctx.kernels:
+            from mmbcn.ops import triton_weight_standardization as kernels
+
+            return kernels.gradient(grad, y, rstd, *ctx.variant), None, None, None
         if t is None:
             root, scale = torch.full_like(rstd, ctx.b**0.5), rstd / ctx.b
         else:

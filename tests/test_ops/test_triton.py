@@ -60,13 +60,14 @@ def test_the_interpreter_is_never_chosen_by_itself(monkeypatch):
 TYPES = {"float32": ("fp32", "fp32"), "bfloat16": ("bf16", "fp32"), "float64": ("fp64", "fp64")}
 CONTIGUOUS = dict(BLOCK_R=1, BLOCK_M=2048, LAST=False)
 CHANNELS_LAST = dict(BLOCK_R=128, BLOCK_M=16, LAST=True)
-OF_X = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}
+OF_X = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "weight_ptr", "dw_ptr"}
 WHOLE = {"steps_ptr": "*i64", "momentum": "fp64", "steps": "i32"}
 
 
 def variants():
     """Kernel and constants, for each branch that a constant selects."""
     from mmbcn.ops import triton_estimates, triton_pass_kernels, triton_stages
+    from mmbcn.ops import triton_weight_standardization as ws
 
     for tile in (CONTIGUOUS, CHANNELS_LAST):
         for name in ("moments", "scale_shift", "dots", "combine"):
@@ -79,6 +80,10 @@ def variants():
             yield triton_stages._forward_kernel, constants | block
         for through in (False, True):
             yield triton_stages._gradients_kernel, dict(THROUGH_BATCH=through, **block)
+    for inside in (False, True):
+        of_filters = dict(EPS=1e-5, TINY=ws._TINY, INSIDE=inside, DEGREES=575, BLOCK=1024)
+        yield ws._standardize_kernel, of_filters
+    yield ws._gradient_kernel, dict(BLOCK=2048)
     yield triton_estimates._batch_moments_kernel, dict(BLOCK=256)
     for micro in (False, True):
         constants = dict(MICRO=micro, WARMUP=micro, BLOCK=256)

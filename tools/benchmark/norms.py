@@ -201,13 +201,12 @@ def peak_bytes(step: Callable[[], object]) -> int | str:
 
 
 def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The launches of a step, in a graph."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):
-            step()
+    """The launches of a step, in a graph; on the current stream, which must not be the default."""
+    for _ in range(3):
+        step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
     return graph
 
@@ -226,6 +225,11 @@ def measure(args: argparse.Namespace, shape: tuple[int, ...], dtype: str, layout
     x, dy = (torch.randn(shape, **make).to(memory_format=LAYOUTS[layout]) for _ in range(2))
     x.add_(0.5).requires_grad_()
     norms = {name: NORMS[name](shape[1]).to(args.device) for name in args.norms}
+    if x.is_cuda:  # torch's GroupNorm takes one dtype there
+        for norm in norms.values():
+            for module in norm.modules():
+                if type(module) is nn.GroupNorm:
+                    module.to(x.dtype)
     for norm in norms.values():
         if isinstance(norm, mmbcn.BCN | mmbcn.MicroBCN):
             check(type(norm)(shape[1]).to(args.device), x, dy)
@@ -325,8 +329,10 @@ def main() -> None:
     if args.reuse_memory and not os.environ.keys() >= KEEP.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(args.threads)
-    if args.graphs and not args.device.startswith("cuda"):
-        raise SystemExit(f"--graphs needs a CUDA device, not --device {args.device}")
+    if args.graphs:
+        if not args.device.startswith("cuda"):
+            raise SystemExit(f"--graphs needs a CUDA device, not --device {args.device}")
+        torch.cuda.set_stream(torch.cuda.Stream())
     if "BatchNorm" not in args.norms:
         args.norms.insert(0, "BatchNorm")
     rows = []
