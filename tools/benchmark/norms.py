@@ -83,8 +83,8 @@ class AuthorsMicroBCN(AuthorsBCN):
         over = (1, -1, 1, 1)
         with torch.no_grad():
             var = (x - self.running_mean.view(over)).square().mean((0, 2, 3))
-            self.running_mean.lerp_(x.mean((0, 2, 3)), 0.1)
-            self.running_var.lerp_(var, 0.1)
+            self.running_mean.lerp_(x.mean((0, 2, 3)).float(), 0.1)
+            self.running_var.lerp_(var.float(), 0.1)
         x = (x - self.running_mean.view(over)) / (self.running_var.view(over) + self.eps).sqrt()
         return x * self.weight.view(over) + self.bias.view(over)
 
