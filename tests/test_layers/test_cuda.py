@@ -1,6 +1,7 @@
 """The batch-channel norms on a GPU, against the plain code in float64 on the CPU."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def make(name, channels):
 def test_float64_on_the_cpu_agrees(name, shape, dtype, monkeypatch):
     layouts = (False, True) if len(shape) == 4 else (False,)
     for last, shift in itertools.product(layouts, (0.5, 300.0)):
-        few = backend_for(torch.empty(shape, device="cuda")) == "reference"
+        few = math.prod(shape[2:]) == 1
         if shift > 1 and (few or dtype != torch.float32):
             continue
         batches = [inputs(shape, dtype, last, shift, seed) for seed in range(STEPS)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,10 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES)
 def test_results(mode):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    old = triton.__version__ < "3.7"
+    if mode == "interpreted" and old and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        pytest.skip("the interpreter of Triton before 3.7 needs numpy < 2.5")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if mode == "interpreted":
         env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

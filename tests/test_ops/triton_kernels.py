@@ -334,22 +334,49 @@ def test_first_estimates_of_few_values(count):
     assert error(running[0], expected) < 4 * TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("cls", [BCN, MicroBCN])
-def test_layers_compute_what_they_compute_without_kernels(cls, monkeypatch):
-    """The layers' own tests hold the plain path against oracles; here both paths are compared."""
-    x, dy = (values((2, 6, 5, 7), torch.float32, seed) for seed in (0, 1))
+LAYERS = {
+    "BCN": lambda c, g: BCN(c, g),
+    "BCN, mean of all": lambda c, g: BCN(c, g, momentum=None),
+    "MicroBCN": lambda c, g: MicroBCN(c, g),
+    "MicroBCN, no warm-up": lambda c, g: MicroBCN(c, g, momentum=0.3, warmup=False),
+}
+
+
+@pytest.mark.parametrize(("name", "last", "dtype"), CASES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_training_steps_of_layers(layer, name, last, dtype, monkeypatch):
+    """Three steps and an eval pass, against the plain code in float64; that has its own oracles."""
+    channels = SHAPES[name][1]
+    groups = {"odd": 2, "parts": 1, "no_position": 2}.get(name, 3)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    batches = [
+        [values(SHAPES[name], dtype, 2 * i + j, last=last) for j in (0, 1)] for i in range(3)
+    ]
+    affine = parameters(channels, groups, statistics)
     results = []
-    for backend in ("triton", "reference"):
+    for backend, wide in (("triton", statistics), ("reference", torch.float64)):
         monkeypatch.setenv("MMBCN_BACKEND", backend)
-        layer = cls(6, 3).to(DEVICE)
-        leaf = x.clone().requires_grad_()
-        for _ in range(3):
-            y = layer(leaf)
-        y.backward(dy)
-        grads = [p.grad for p in layer.parameters()]
-        results.append([y.detach(), leaf.grad, *grads, *layer.buffers()])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        norm = LAYERS[layer](channels, groups).to(DEVICE, wide)
+        ours = norm.bn.weight, norm.bn.bias, norm.weight, norm.bias
+        for parameter, value in zip(ours, affine[:4], strict=True):
+            parameter.data.copy_(value)
+        found = {}
+        for i, (x, dy) in enumerate(batches):
+            leaf, dy = x if backend == "triton" else x.double(), dy.to(wide)
+            leaf = leaf.detach().requires_grad_()
+            y = norm(leaf)
+            y.backward(dy.to(y.dtype))
+            found[f"y {i}"], found[f"dx {i}"] = y, leaf.grad
+        found |= {f"grad of {key}": p.grad for key, p in norm.named_parameters()}
+        found |= {key: b.clone() for key, b in norm.named_buffers()}
+        found["y in eval"] = norm.eval()(leaf.detach())
+        results.append(found)
+    for key, actual in results[0].items():
+        wanted = dtype if key[0] in "yd" else statistics
+        if actual.is_floating_point():
+            assert actual.dtype == wanted, key
+        bound = max(TOLERANCE[wanted], 40 * TOLERANCE[statistics])
+        assert error(actual.detach(), results[1][key].detach().double()) < bound, key
 
 
 @pytest.mark.parametrize(("name", "last", "dtype"), CASES)
@@ -382,7 +409,7 @@ def test_kalman_normalization(name, last, dtype):
     x, *others = leaves
     y, filtered, gain = kalman_norm(x, observed, *others, q, 1e-5, lambda: None)
     seen = channel_statistics(x)
-    assert gain == pytest.approx(q)
+    assert float(gain) == pytest.approx(q)
     loss = sum((o.to(d) * d).sum() for o, d in zip((y, filtered, seen), upstream, strict=True))
     got = [y, filtered, seen, *torch.autograd.grad(loss, leaves)]
     names = ["y", "filtered", "seen", "dx", "dpredicted", "dweight", "dbias"]
