@@ -113,8 +113,8 @@ def _update_kernel(
         var += (mean - old_mean) * (mean - old_mean)
     else:
         var += var / (count - 1)
-    new_mean = _move(old_mean, mean, rate).to(new_mean_ptr.dtype.element_ty)
-    new_var = _move(old_var, var, rate).to(new_var_ptr.dtype.element_ty)
+    new_mean = move(old_mean, mean, rate).to(new_mean_ptr.dtype.element_ty)
+    new_var = move(old_var, var, rate).to(new_var_ptr.dtype.element_ty)
     tl.store(running_mean_ptr + c, new_mean, mask=c < channels)
     tl.store(running_var_ptr + c, new_var, mask=c < channels)
     tl.store(new_mean_ptr + c, new_mean, mask=c < channels)
@@ -122,6 +122,6 @@ def _update_kernel(
 
 
 @triton.jit
-def _move(old, new, rate):
+def move(old, new, rate):
     """``old + rate (new - old)``, exactly new at rate 1."""
     return tl.where(rate < 0.5, old + rate * (new - old), new - (1.0 - rate) * (new - old))

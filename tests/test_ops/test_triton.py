@@ -70,7 +70,7 @@ WHOLE = {"steps_ptr": "*i64", "momentum": "fp64", "steps": "i32"}
 
 def variants():
     """Kernel and constants, for each branch that a constant selects."""
-    from mmbcn.ops import triton_estimates, triton_pass_kernels, triton_stages
+    from mmbcn.ops import triton_estimates, triton_pass_kernels, triton_stage_kernels
     from mmbcn.ops import triton_weight_standardization as ws
 
     for tile in (CONTIGUOUS, CHANNELS_LAST):
@@ -81,9 +81,9 @@ def variants():
         block = dict(BN_EPS=1e-5, BLOCK_N=2, BLOCK_K=64, BLOCK_P=parts)
         for update, micro in ((False, False), (True, False), (True, True)):
             constants = dict(UPDATE=update, MICRO=micro, WARMUP=micro, EPS=1e-5)
-            yield triton_stages._forward_kernel, constants | block
+            yield triton_stage_kernels.forward_kernel, constants | block
         for through in (False, True):
-            yield triton_stages._gradients_kernel, dict(THROUGH_BATCH=through, **block)
+            yield triton_stage_kernels.gradients_kernel, dict(THROUGH_BATCH=through, **block)
     for inside in (False, True):
         of_filters = dict(EPS=1e-5, TINY=ws._TINY, INSIDE=inside, DEGREES=575, BLOCK=1024)
         yield ws._standardize_kernel, of_filters

@@ -36,15 +36,15 @@ KEEP = dict(  # glibc: nothing is mapped for one allocation, nothing given back
 CONDITIONS = dict(
     malloc="Memory comes from malloc as it is; page faults are part of the times.",
     reuse_memory="Malloc keeps what is freed: no page faults.",
-    cuda="One call at a time: the times are the device's, or the host's for its launches where "
-    "those take longer.",
-    graphs="Replays of CUDA graphs: the times are the device's alone.",
+    cuda="One call at a time: the device's times, or the host's where launching takes longer.",
+    graphs="Replays of CUDA graphs: the device's times alone.",
 )
 HEADING = """# Norms against nn.BatchNorm2d
 
 Times divided by those of `nn.BatchNorm2d` (below 1: faster; medians of interleaved rounds), forward
 and backward in training mode; *kept*: bytes saved for backward, in sizes of the input. Forward
-alone, milliseconds, quantiles and peak memory are in the CSV beside this file. {condition} Made by
+alone, milliseconds, quantiles and peak memory are in the CSV beside this file.
+{condition} Made by
 `{command}`.
 
 {where}
