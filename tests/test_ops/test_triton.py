@@ -27,9 +27,9 @@ MODES = [
 @pytest.mark.parametrize("mode", MODES)
 def test_results(mode):
     triton = pytest.importorskip("triton")
-    old = triton.__version__ < "3.7"
-    if mode == "interpreted" and old and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
-        pytest.skip("the interpreter of Triton before 3.7 needs numpy < 2.5")
+    version, numpy = (tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np))
+    if mode == "interpreted" and (version < (3, 3) or (version < (3, 7) and numpy >= (2, 5))):
+        pytest.skip("this Triton's interpreter stores nothing, or stops, with this NumPy")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if mode == "interpreted":
         env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -98,7 +98,7 @@ def variants():
 @pytest.mark.parametrize("dtype", TYPES)
 def test_kernels_compile_for_gpus(dtype, capability, monkeypatch, tmp_path):
     """To machine code, with no GPU here: what the interpreter lets pass may not compile."""
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", "3.3")  # whose functions are called here
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
