@@ -36,6 +36,14 @@ class _Overrides(DictAction):
             )
 
 
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with a tool's docstring, up to its examples."""
+    return argparse.ArgumentParser(
+        description=doc.partition("\n\nExample")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_config_args(
     parser: argparse.ArgumentParser, name: str = "config", required: bool = True
 ) -> None:

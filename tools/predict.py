@@ -22,6 +22,7 @@ from _common import (
     add_config_args,
     add_trust_arg,
     check_device,
+    make_parser,
     progress_bar,
     read_config,
     run,
@@ -48,10 +49,7 @@ Draw = Callable[[Image, NDArray[np.int64]], NDArray[np.uint8]]
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _common import add_override_arg, read_config, run
+from _common import add_override_arg, make_parser, read_config, run
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -31,10 +31,7 @@ NORMS = "bn,gn,gn_ws,bcn,bcn_ws,microbcn,microbcn_ws"
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("config", help="config file, with any norm")
     add("--norms", type=split_list, default=NORMS, help="separated by commas (%(default)s)")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _common import add_config_args, add_trust_arg, read_config, run
+from _common import add_config_args, add_trust_arg, make_parser, read_config, run
 from _robustness import Stage, add_shared_args, fill, load, title, write
 
 from mmbcn.analysis.corruption_robustness import CLEAN, cell_name, draw, summarize
@@ -27,10 +27,7 @@ NAMES = [name for group in CORRUPTIONS.values() for name in group]
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     add_shared_args(parser, "--num-images")
     add = parser.add_argument

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _calibration import add_calibration_args
-from _common import add_config_args, add_trust_arg, read_config, run
+from _common import add_config_args, add_trust_arg, make_parser, read_config, run
 from _robustness import Stage, add_shared_args, fill, load, title, write
 
 from mmbcn.analysis.calibration import find_layers
@@ -30,10 +30,7 @@ from mmbcn.errors import UsageError
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     add_shared_args(parser, "--test-images")
     add = parser.add_argument

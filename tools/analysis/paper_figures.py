@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _common import add_override_arg, progress_bar, read_config, run
+from _common import add_override_arg, make_parser, progress_bar, read_config, run
 
 from mmbcn.analysis.environment import ROOT, environment
 from mmbcn.analysis.files import write_figure, write_json
@@ -31,10 +31,7 @@ CONFIG = ROOT / "configs/deeplabv3/deeplabv3_r18_bn_300_shapes-128x128.py"
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("config", nargs="?", default=str(CONFIG), help="whose data sets to use (the embedded one)")
     add("--out", type=Path, default=Path("work_dirs/paper_figures"), help="folder (%(default)s)")

@@ -17,7 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _common import add_config_args, add_trust_arg, check_device, progress_bar, read_config, run
+from _common import (
+    add_config_args,
+    add_trust_arg,
+    check_device,
+    make_parser,
+    progress_bar,
+    read_config,
+    run,
+)
 from mmengine.config import Config
 from mmengine.device import get_device
 
@@ -48,10 +56,7 @@ from mmbcn.engine.config_check import check_keys
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     add = parser.add_argument
     add(

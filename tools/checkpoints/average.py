@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from _calibration import add_calibration_args, run_calibration
-from _common import add_config_args, add_trust_arg, read_config, run
+from _common import add_config_args, add_trust_arg, make_parser, read_config, run
 
 from mmbcn.checkpoints.average import average_checkpoints, holds_ema
 from mmbcn.checkpoints.fetch import fetch
@@ -29,10 +29,7 @@ from mmbcn.checkpoints.write import write_checkpoint
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="checkpoint files or URLs")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument(

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 from typing import Any
 
-from _common import add_config_args, add_load_args, read_config, run
+from _common import add_config_args, add_load_args, make_parser, read_config, run
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
@@ -31,10 +31,7 @@ from mmbcn.errors import UsageError
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("src", help="checkpoint: file, URL, torchvision://NAME, open-mmlab://NAME")
     parser.add_argument("dst", type=Path, help="file to write: .pth, or .safetensors")
     add_config_args(parser, name="--config")

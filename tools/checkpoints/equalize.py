@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 
-from _common import add_config_args, add_trust_arg, read_config, run
+from _common import add_config_args, add_trust_arg, make_parser, read_config, run
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -29,10 +29,7 @@ from mmbcn.checkpoints.write import write_checkpoint
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument(

@@ -18,7 +18,7 @@ import math
 import re
 from typing import Any
 
-from _common import add_trust_arg, run
+from _common import add_trust_arg, make_parser, run
 from prettytable import PrettyTable
 
 from mmbcn.checkpoints.fetch import fetch
@@ -32,10 +32,7 @@ MAX_WIDTH = 100
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument("other", nargs="?", help="a second one, to show how it differs")
     parser.add_argument("--filter", metavar="REGEX", help="only entries whose name matches")

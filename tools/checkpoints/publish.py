@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 
-from _common import add_trust_arg, run
+from _common import add_trust_arg, make_parser, run
 
 from mmbcn.checkpoints.average import holds_ema
 from mmbcn.checkpoints.fetch import fetch
@@ -31,10 +31,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("src", help="checkpoint file or URL")
     parser.add_argument("dst", type=Path, help="file to write, or an existing folder")
     parser.add_argument(

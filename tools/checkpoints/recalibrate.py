@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 
 from _calibration import add_calibration_args, run_calibration
-from _common import add_config_args, add_trust_arg, read_config, run
+from _common import add_config_args, add_trust_arg, make_parser, read_config, run
 
 from mmbcn.checkpoints.fetch import fetch
 from mmbcn.checkpoints.read import read_checkpoint
@@ -27,10 +27,7 @@ from mmbcn.checkpoints.write import write_checkpoint
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExample")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument(

@@ -16,12 +16,12 @@ from mmbcn.datasets.parallel import num_cores
 from mmbcn.datasets.prepare.camvid import count_camvid, make_camvid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _common import run
+from _common import make_parser, run
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\nExample")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("source", type=Path, help="folder of the release")
     add("--out", type=Path, default="data/camvid", help="target folder (%(default)s)")

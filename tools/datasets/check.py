@@ -23,14 +23,14 @@ from mmbcn.datasets.parallel import num_cores
 from mmbcn.engine.data_check import check_folders
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _common import add_config_args, read_config, run
+from _common import add_config_args, make_parser, read_config, run
 
 SHOWN = 20  # files named for each kind of finding
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\nExample")[0])
+    parser = make_parser(__doc__)
     add_config_args(parser)
     add = parser.add_argument
     add("--split", nargs="+", choices=SPLITS, help="what to examine (default: all of the config)")

@@ -14,12 +14,12 @@ from mmbcn.datasets.parallel import num_cores
 from mmbcn.datasets.prepare.cityscapes import SOURCES, count_train_ids, make_train_ids
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _common import run
+from _common import make_parser, run
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\nExample")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     root = "data/cityscapes"
     add("root", nargs="?", type=Path, default=root, help="folder with gtFine (%(default)s)")

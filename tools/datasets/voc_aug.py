@@ -15,12 +15,12 @@ from mmbcn.datasets.parallel import num_cores
 from mmbcn.datasets.prepare.voc_aug import PUBLISHED, find_folders, make_labels, write_lists
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _common import run
+from _common import make_parser, run
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\nExample")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("voc", type=Path, help="VOC2012, or the VOCdevkit that holds it")
     add("sbd", type=Path, help="SBD's benchmark_RELEASE, or its folder with cls")

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from _common import add_config_args, add_trust_arg, progress_bar, read_config, run
+from _common import add_config_args, add_trust_arg, make_parser, progress_bar, read_config, run
 from mmengine.config import Config
 from torch import nn
 
@@ -32,10 +32,7 @@ from mmbcn.deploy.segmenter import Segmenter
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nExamples")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add_config_args(parser)
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="%(default)s")
