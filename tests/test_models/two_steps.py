@@ -1,9 +1,9 @@
-"""Trains two steps of a config of mmpretrain or mmdetection on random images; prints JSON.
+"""Two steps of a config of mmpretrain or mmdetection on random images, then a prediction; as JSON.
 
 usage: two_steps.py CONFIG NORM
 
 Where mmcv has no compiled operations, mmdet's need of them is met by torchvision's, as far as
-training goes: ``nms`` and RoIAlign. All others raise.
+training goes: ``nms`` and RoIAlign. All others raise, and nothing is predicted.
 """
 
 import copy
@@ -69,6 +69,15 @@ def random_boxes():
     return samples
 
 
+@torch.no_grad()
+def predict(model, data):
+    """Of each image, the numbers that tell how sure the model is, or of how many things."""
+    found = model(**data, mode="predict")
+    if hasattr(found[0], "pred_score"):
+        return [sample.pred_score.tolist() for sample in found]
+    return [sample.pred_instances.scores.tolist() for sample in found]
+
+
 def main(path, norm):
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -80,6 +89,9 @@ def main(path, norm):
     for key in ("bbox_roi_extractor", "mask_roi_extractor"):
         if not compiled and key in (cfg.model.get("roi_head") or {}):
             cfg.model.roi_head[key].roi_layer.use_torchvision = True
+    if scope == "mmdet":  # a detection in every image
+        tests = cfg.model.test_cfg
+        tests.get("rcnn", tests).score_thr = 0.0
     init_default_scope(scope)
     if norm:
         mmbcn.set_norm(cfg.model, norm)
@@ -98,6 +110,7 @@ def main(path, norm):
     images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8) for _ in range(2)]
     samples = random_boxes() if scope == "mmdet" else random_classes()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    unprepared = dict(inputs=images, data_samples=copy.deepcopy(samples))
     data = model.data_preprocessor(dict(inputs=images, data_samples=samples), True)
     for _ in range(2):  # in the first, zero-initialised branches pass nothing back
         loss, _ = model.parse_losses(model(**copy.deepcopy(data), mode="loss"))
@@ -107,6 +120,8 @@ def main(path, norm):
     reached = [p.grad is not None and bool(p.grad.any()) for p in model.parameters()]
     share = sum(reached) / len(reached)
     result = dict(loss=float(loss.detach()), norms=norms, reached=share)
+    if compiled or scope != "mmdet":
+        result["predicted"] = predict(model.eval(), model.data_preprocessor(unprepared))
     sys.stdout.write("RESULT" + json.dumps(result))
 
 
