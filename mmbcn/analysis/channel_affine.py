@@ -21,7 +21,7 @@ def channel_affine(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
 
     Shape: (C,), (C,) float64, float; () and () without an affine
     """
-    eps = float(layer.eps)
+    eps = float(getattr(layer, "eps", 1e-5))  # some FrozenBatchNorm2d have it in their forward
     if isinstance(layer, BatchChannelNorm):
         groups = (layer.num_groups, -1)
         weight, bias = layer.bn.weight.double().view(groups), layer.bn.bias.double().view(groups)

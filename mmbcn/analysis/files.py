@@ -7,14 +7,27 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from mmbcn.checkpoints.write import whole_file
+from mmbcn.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder for results, before any is computed; returns it.
+
+    Raises:
+        UsageError: there can be none.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to the folder {path}: {error.strerror}") from error
+    return path
+
+
 def write_json(content: Any, path: Path) -> Path:
     """Write plain data; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, "result") as part:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
@@ -22,7 +35,6 @@ def write_json(content: Any, path: Path) -> Path:
 
 def write_csv(table: "pd.DataFrame", path: Path) -> Path:
     """Write a table; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, "table") as part:
         table.to_csv(part, index=False, lineterminator="\n")
     return path
@@ -30,7 +42,6 @@ def write_csv(table: "pd.DataFrame", path: Path) -> Path:
 
 def write_figure(figure: Figure, path: Path, dpi: int = 110) -> Path:
     """Write a PNG; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, "figure") as part:
         figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None})
     return path

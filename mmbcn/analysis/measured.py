@@ -49,8 +49,11 @@ def read_measured(path: Path) -> list[Measured]:
     try:
         models = json.loads(path.read_text())["models"]
         keys = ("source", "iteration", "config", "images")
-        return [Measured(*(m[k] for k in keys), Singularity.from_dict(m)) for m in models]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = [Measured(*(m[k] for k in keys), Singularity.from_dict(m)) for m in models]
+        if not all(model.found.layers for model in found) or not found:
+            raise ValueError("no layers")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds something else"
         raise UsageError(
             f"{path} is no singularity.json that can be read ({reason}); this tool writes them"

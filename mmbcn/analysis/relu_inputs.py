@@ -34,9 +34,16 @@ _THRESHOLDS = (_aten.threshold, _aten.threshold_)
 
 
 def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The norm layers with their names; of a batch-channel norm the whole, not its batch stage."""
+    """The norm layers with their names; of a batch-channel norm the whole, not its batch stage.
+
+    A layer that stands in several places comes once, by the first of its names.
+    """
+    seen = set()
 
     def find(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
         if isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d":
             yield name or type(module).__name__, module
         else:

@@ -9,7 +9,9 @@ Of each channel of a ReLU's input, over all values of all images: mean, std and 
 of positive values. Of each layer, over its channels: ``sigma_mu``, the std of the means;
 ``sigma_sigma``, the std of the stds; ``dead``, the share with P(active) < 1 %; and ``kl``, the mean
 of KL(N(mean, std^2) || N(0, 1)) after undoing the norm's affine (see `channel_affine`). Every std
-is the biased one. The first two are the axes of the paper's figures; the last two are ours.
+is the biased one. The first two are the axes of the paper's figures; the last two are ours. Layers
+that saw fewer than 32 values of each channel tell of chance: they are left out of the means over
+the layers. So is, in training, what follows DeepLabV3's image pooling: one value for each image.
 
 Reference: Qiao et al. 2019, section 3, https://arxiv.org/abs/1911.09738
 """
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEAD = 0.01  # a channel with a smaller share of positive values counts as dead
+FEW = 32  # values of each channel; below, a layer does not count in the means over layers
 MEASURES = ("sigma_mu", "sigma_sigma", "dead", "kl")
 
 
@@ -144,8 +147,12 @@ class Singularity:
 
 
 def mean_measures(layers: list[LayerSingularity]) -> dict[str, float]:
-    """Each measure's mean over the layers, of ``kl`` over those that have one."""
-    rows = torch.tensor([list(layer.measures().values()) for layer in layers], dtype=torch.float64)
+    """Each measure's mean over the layers with enough values, of ``kl`` over those that have one.
+
+    Layers that saw fewer than 32 values of each channel count only where all are such.
+    """
+    counted = [layer for layer in layers if layer.values >= FEW] or layers
+    rows = torch.tensor([list(layer.measures().values()) for layer in counted], dtype=torch.float64)
     return dict(zip(MEASURES, rows.nanmean(0).tolist(), strict=True))
 
 
@@ -186,10 +193,10 @@ def measure_singularity(
             run(model, batch)
             if progress:
                 progress(done, total)
-    if not watch.followers:
-        raise UsageError("measure_singularity got no batch that reaches a norm")
     layers = meter.layers()
     others = {k: sorted(v) for k, v in watch.followers.items() if "relu" not in v}
+    if not watch.followers or (not layers and len(others) < len(watch.followers)):
+        raise UsageError("measure_singularity got no batch that reaches a norm")
     if not layers:
         text = "; ".join(f"{k} -> {', '.join(v) or 'nothing'}" for k, v in others.items())
         raise UsageError(f"no ReLU follows a norm in {type(model).__name__}: {text}")
@@ -215,8 +222,11 @@ class SingularityMeter:
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """Add the input (N, C, ...) of the ReLU behind a norm."""
-        if isinstance(layer, nn.LayerNorm) and type(layer).forward is nn.LayerNorm.forward:
-            x = x.flatten(x.dim() - len(layer.normalized_shape)).movedim(-1, 1)
+        if not x.numel():
+            return
+        if isinstance(layer, nn.LayerNorm) and _channels_last(layer, x):
+            x = x.flatten(x.dim() - len(layer.normalized_shape))
+            x = x.reshape(-1, x.shape[-1])
         if name not in self._seen:
             moments = ChannelMoments(x.shape[1], x.device)
             self._seen[name] = layer, moments, torch.zeros_like(moments.mean)
@@ -229,6 +239,19 @@ class SingularityMeter:
         return [_statistics(name, *seen) for name, seen in self._seen.items()]
 
 
+def _channels_last(layer: nn.LayerNorm, x: Tensor) -> bool:
+    """Whether the channels are the last dimensions, as PyTorch has it.
+
+    Subclasses may take images (N, C, H, W), as ConvNeXt's does; where both fit, four dimensions are
+    an image.
+    """
+    if type(layer).forward is nn.LayerNorm.forward:
+        return True
+    shape = tuple(layer.normalized_shape)
+    first = x.dim() > 1 and shape == (x.shape[1],)
+    return tuple(x.shape[x.dim() - len(shape) :]) == shape and not (first and x.dim() == 4)
+
+
 def _statistics(
     name: str, layer: nn.Module, moments: ChannelMoments, active: Tensor
 ) -> LayerSingularity:
@@ -237,7 +260,7 @@ def _statistics(
     var = moments.biased()
     kl = _kl((moments.mean - shift) / scale, (var / scale.square()).clamp(min=eps))
     kl = torch.where(scale == 0, torch.nan, kl)
-    columns = moments.mean, var.sqrt(), active / max(moments.count, 1), kl
+    columns = moments.mean, var.sqrt(), active / moments.count, kl
     return LayerSingularity(
         name, type(layer).__name__, moments.count, *torch.stack(columns).cpu().unbind()
     )

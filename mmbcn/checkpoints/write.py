@@ -22,7 +22,8 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
     """Give a temporary path to write to, and move it to ``path`` once its content is on the disk.
 
     Args:
-        path: where the file belongs; what is there is replaced in one step.
+        path: where the file belongs, in a folder that is made; what is there is replaced in one
+            step.
         what: of which kind the file is, for the message.
 
     Raises:
@@ -31,6 +32,7 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
     """
     part = path.with_name(path.name + PART)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -75,7 +77,6 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, "checkpoint") as part, part.open("wb") as file:
         if path.suffix == ".safetensors":
             file.write(_safetensors(content))

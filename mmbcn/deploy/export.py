@@ -89,7 +89,6 @@ def export(
     facts = dict(dynamic=dynamic, dtype="float16" if half else "float32", **options)
     metadata = file_metadata(cfg, checkpoint, model, size, **facts)
     example = torch.from_numpy(next(pictures_at(images, *size)))[None]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, "exported file") as part:
         FORMATS[kind].write(segmenter, example, dynamic, metadata, part, **options)
         run = FORMATS[kind].run(part)

@@ -85,7 +85,6 @@ class Results:
             if kind == "overlays" and frame is not None:
                 continue
             path = self.path(kind, name, frame)
-            path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path, "prediction") as part, part.open("wb") as file:
                 if kind == "probabilities":
                     half = prediction.probabilities.astype(np.float16)
@@ -100,7 +99,6 @@ class Results:
     def video(self, name: str) -> Iterator[Path]:
         """A path to write a video's overlays to, which becomes the file at the end."""
         path = self.path("overlays", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, "video") as part:
             written = part.with_suffix(part.suffix + ".mp4")  # OpenCV goes by the suffix
             try:

@@ -51,7 +51,7 @@ TEST = """
 import json, pathlib, sys
 assert pathlib.Path(sys.argv[2]).is_file()
 record = pathlib.Path(sys.argv[sys.argv.index("--work-dir") + 1], "record")
-record.mkdir(parents=True)
+record.mkdir(parents=True, exist_ok=True)
 counts = dict(classes=["a", "b", "c"], palette=[[1, 2, 3]] * 3, images=2)
 counts |= dict(intersection=[1, 6, 0], union=[4, 8, 0], metrics=dict(mIoU=50.0))
 (record / "test.json").write_text(json.dumps(counts))

@@ -1,6 +1,7 @@
 """The plan of a comparison, and the configs of its runs."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -64,6 +65,9 @@ def test_equally_many_images():
         (dict(seeds=0), "--seeds must be above 0, got 0"),
         (dict(iters=0), "--iters must be above 0, got 0"),
         (dict(lrs=[-0.1]), "--lrs must be above 0"),
+        (dict(lrs=[0.1, math.inf]), "--lrs must be above 0, got inf"),
+        (dict(lrs=[math.nan]), "--lrs must be above 0, got nan"),
+        (dict(lrs=[0.1, 0.10000001]), "--lrs are too much alike"),
     ],
 )
 def test_mistakes_are_told(options, message):

@@ -1,7 +1,9 @@
 """Runs of a comparison: those that are skipped, fail, diverge, are killed and go on."""
 
+import copy
 import fcntl
 import json
+import shutil
 import signal
 import time
 
@@ -153,6 +155,62 @@ def test_jobs_run_at_a_time(compare):
 def test_no_job_is_a_mistake(tmp_path):
     with pytest.raises(UsageError, match="--jobs must be 1 or more, got 0"):
         Executor(tmp_path, 0, lambda *_: None)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"run": {}, "status": "done"}'])
+def test_run_with_a_damaged_result_is_finished_anew(compare, content):
+    before = compare("bn,gn")["gn"]
+    compare.place("gn").result.write_text(content)
+    after = compare("bn,gn")
+    assert list(after) == ["gn"]
+    assert after["gn"]["miou"] == before["miou"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [{"norm": "bn"}]}'])
+def test_damaged_comparison_is_told(compare, content):
+    compare("bn")
+    out = compare.place("bn").out
+    (out / "comparison.json").write_text(content)
+    with pytest.raises(UsageError, match=r"comparison\.json cannot be read"):
+        compare("bn,gn")
+    (out / "comparison.json").unlink()
+    assert list(compare("bn,gn")) == ["gn"]
+
+
+def test_damaged_config_of_a_run_is_told(compare):
+    compare("bn")
+    compare.place("bn").config.write_text("model = dict(")
+    with pytest.raises(UsageError, match=r"cannot read .*bn-b2-lr0\.0005-s0/config\.py"):
+        compare("bn,gn")
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    [
+        (dict(iters=8), {}, "has 6 iterations, gn-b2-lr0.0005-s0 would have 8"),
+        (dict(batch_sizes=[4], equal="images"), {}, "have --equal iterations, now it is images"),
+        ({}, {"optim_wrapper.optimizer.momentum": 0.5}, "of other settings: .*momentum"),
+    ],
+)
+def test_runs_of_other_rules_are_not_mixed(compare, options, changed, message):
+    compare("bn")
+    out = compare.place("bn").out
+    before = (out / "comparison.json").read_text()
+    cfg = copy.deepcopy(CFG)
+    cfg.merge_from_dict(changed)
+    rules = Rules(**dict(norms=["gn"], batch_sizes=[2], seeds=1, iters=6) | options)
+    with quick_configs(), pytest.raises(UsageError, match=message):
+        prepare(cfg, "config.py", rules, make_plan(cfg, rules), out, "compare gn")
+    assert (out / "comparison.json").read_text() == before
+    assert not list(out.glob("runs/gn*"))
+
+
+def test_removed_run_is_forgotten(compare):
+    compare("bn,gn")
+    shutil.rmtree(compare.place("gn").folder)
+    assert not compare("bn")
+    known = read_comparison(compare.place("bn").out)
+    assert [run["norm"] for run in known["runs"]] == ["bn"]
 
 
 def test_folder_without_a_comparison(tmp_path):

@@ -97,7 +97,9 @@ def test_file_gives_back_what_was_written(tmp_path):
                 )
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"models": [{"source": "a"}]}', "{}"])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", '{"models": [{"source": "a"}]}', "{}", '{"models": []}']
+)
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "other.json"
     if content is not None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmbcn import BCN, MicroBCN
 from mmbcn.analysis import SingularityMeter, measure_singularity
+from mmbcn.analysis.singularity import mean_measures
 from mmbcn.errors import UsageError
 from mmbcn.layers import FrozenBN
 
@@ -228,6 +229,78 @@ def test_layer_norm_has_its_channels_last(shape):
     assert_same(layer.active, (values > 0).mean(0))
 
 
+class ClipLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
+class ImageLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "axis"),
+    [
+        (ClipLayerNorm(6), (2, 6, 6), -1),
+        (ClipLayerNorm(6), (2, 5, 6), -1),
+        (ImageLayerNorm(6), (2, 6, 4, 5), 1),
+        (ImageLayerNorm(6), (2, 6, 4, 6), 1),
+    ],
+)
+def test_channels_of_layer_norms_of_others(norm, shape, axis):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[-1]
+    x.movedim(axis, 0)[2] += 9
+    layer = measure_singularity(nn.Sequential(norm, nn.ReLU()), [x]).layers[0]
+    expected = norm(x).detach().double().movedim(axis, 0).flatten(1)
+    torch.testing.assert_close(layer.mean, expected.mean(1), rtol=0, atol=1e-12)
+
+
+def test_layers_with_few_values_do_not_count_in_the_means():
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.ReLU())
+    x = torch.randn(31, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 5
+    both = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), pool)
+    layers = measure_singularity(both, [x]).layers
+    assert [layer.values for layer in layers] == [31 * 16, 31]
+    assert mean_measures(layers) == layers[0].measures()
+    assert mean_measures(layers[1:]) == layers[1].measures()  # or there would be none
+    layers = measure_singularity(both, [x, x[:1]]).layers
+    assert mean_measures(layers)["kl"] == pytest.approx((layers[0].kl + layers[1].kl) / 2)
+
+
+def test_norm_in_two_places_is_one_layer():
+    class Block(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return F.relu(self.norm(x))
+
+    norm = nn.BatchNorm2d(3)
+    found = measure_singularity(nn.Sequential(Block(norm), Block(norm)), images())
+    assert [layer.name for layer in found.layers] == ["0.norm"]
+    assert found.layers[0].values == 2 * sum(n * h * w for n, h, w in SIZES)
+    assert not found.others
+
+
+def test_frozen_norm_that_keeps_its_eps_to_itself():
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.tensor([2.0, 1.0, 0.5]))
+            self.register_buffer("bias", torch.zeros(3))
+
+        def forward(self, x):
+            return x * self.weight.view(1, -1, 1, 1)
+
+    found = measure_singularity(nn.Sequential(FrozenBatchNorm2d(), nn.ReLU()), images())
+    plain = measure_singularity(
+        nn.Sequential(nn.BatchNorm2d(3, affine=False, eps=0), nn.ReLU()), images()
+    )
+    torch.testing.assert_close(found.layers[0].kl_of_channel, plain.layers[0].kl_of_channel)
+
+
 def test_tables_and_json(tmp_path):
     pytest.importorskip("pandas")
     model = Net()
@@ -288,6 +361,7 @@ def test_forward_and_labelled_batches():
             images(),
             "no ReLU follows a norm in Sequential: 0 -> sigmoid",
         ),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), [torch.zeros(0, 3, 4, 4)], "no batch that"),
         (Net(), [torch.full((1, 3, 4, 4), torch.nan)], r"non-finite values leave first \(8 of 8"),
     ],
 )

@@ -62,7 +62,7 @@ def test_scalars_equal_a_direct_computation(tiny_config):
     logged = scalars(cfg)
     assert list(logged) == [2, 4]
     for step, row in logged.items():
-        expected = {}
+        expected, few = {}, []
         for name in LAYERS:
             values, (weight, bias) = store.values[step, name]
             mean, std = values.mean(1), values.std(1)
@@ -72,8 +72,15 @@ def test_scalars_equal_a_direct_computation(tiny_config):
             dead = ((values > 0).mean(1) < 0.01).mean()
             measures = dict(sigma_mu=mean.std(), sigma_sigma=std.std(), dead=dead, kl=kl.mean())
             expected |= {f"singularity/{name}/{k}": v for k, v in measures.items()}
+            if values.shape[1] < 32:
+                few.append(name)
+        assert few == ["decode_head.image_pool.1.bn"]  # a value for each image: not in the means
         for measure in ("sigma_mu", "sigma_sigma", "dead", "kl"):
-            of_layers = [v for k, v in expected.items() if k.endswith(f"/{measure}")]
+            of_layers = [
+                v
+                for k, v in expected.items()
+                if k.endswith(f"/{measure}") and k.split("/")[1] not in few
+            ]
             expected[f"singularity/{measure}"] = np.mean(of_layers)
         assert row.keys() == expected.keys()
         for key, value in expected.items():

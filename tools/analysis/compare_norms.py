@@ -25,6 +25,8 @@ from mmbcn.analysis.comparison.folder import Place, prepare
 from mmbcn.analysis.comparison.plan import EQUAL, LR_RULES, Rules, Run, make_plan, split_list
 from mmbcn.analysis.comparison.report import write_report
 from mmbcn.analysis.comparison.result import Result
+from mmbcn.analysis.files import make_folder
+from mmbcn.errors import UsageError
 
 NORMS = "bn,gn,gn_ws,bcn,bcn_ws,microbcn,microbcn_ws"
 
@@ -87,6 +89,9 @@ def train(args: argparse.Namespace, out: Path) -> list[Run]:
     keys = ("norms", "batch_sizes", "seeds", "iters", "equal", "lr_rule", "lrs")
     rules = Rules(**{key: getattr(args, key) for key in keys})
     runs = make_plan(cfg, rules)
+    if args.jobs < 1:  # before anything is written
+        raise UsageError(f"--jobs must be 1 or more, got {args.jobs}")
+    make_folder(out)
     prepare(cfg, args.config, rules, runs, out, f"python {shlex.join(sys.argv)}")
     missing = [r for r in runs if not Place(out, r).is_finished(args.retry_failed)]
     bar = RunBar(runs, missing)

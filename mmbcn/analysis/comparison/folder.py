@@ -9,7 +9,8 @@ from typing import Any
 from mmengine.config import Config
 
 from mmbcn.analysis.comparison.plan import Rules, Run
-from mmbcn.analysis.comparison.settings import run_config, write_config
+from mmbcn.analysis.comparison.result import DONE, read_result
+from mmbcn.analysis.comparison.settings import check_config, run_config, write_config
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.engine.data_check import check_folders
 from mmbcn.errors import UsageError
@@ -61,9 +62,8 @@ class Place:
 
     def is_finished(self, retry_failed: bool) -> bool:
         """Whether there is a result that is to stay."""
-        if not self.result.is_file():
-            return False
-        return not retry_failed or json.loads(self.result.read_text())["status"] == "done"
+        result = read_result(self.result)
+        return result is not None and (not retry_failed or result["status"] == DONE)
 
 
 def prepare(
@@ -84,18 +84,23 @@ def prepare(
     """
     check_folders(cfg, ("train", "val"))
     configs = {run: run_config(cfg, run) for run in runs}  # all of them, before any is written
+    known = read_comparison(out) if (out / _FILE).is_file() else dict(commands=[], runs=[])
+    others = _other_runs(known, runs, out)
+    if others:
+        _check_equal(known["rules"], rules, runs, others)
+    for run in others:
+        check_config(run_config(cfg, run), Place(out, run).config)
     for run, own in configs.items():
         write_config(own, Place(out, run).config)
-    known = read_comparison(out) if (out / _FILE).is_file() else dict(commands=[], runs=[])
     commands = [*known["commands"], *([command] if command not in known["commands"] else [])]
-    planned = [asdict(run) for run in runs]
+    every = [*runs, *others]
     content = dict(
         name=Path(source).stem,
         config=source,
         commands=commands,
         rules=rules.describe(),
-        equal_rules=_equal_rules(cfg, rules, runs),
-        runs=[*planned, *(run for run in known["runs"] if run not in planned)],
+        equal_rules=_equal_rules(cfg, rules, every),
+        runs=[asdict(run) for run in every],
     )
     with whole_file(out / _FILE, "comparison") as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
@@ -105,15 +110,52 @@ def read_comparison(out: Path) -> dict[str, Any]:
     """What `prepare` wrote.
 
     Raises:
-        UsageError: nothing.
+        UsageError: nothing, or it is damaged.
     """
     try:
-        return json.loads((out / _FILE).read_text())
-    except FileNotFoundError as error:
+        content = json.loads((out / _FILE).read_text())
+        for run in content["runs"]:
+            Run(**run)
+        if not {"name", "commands", "rules", "equal_rules"} <= {*content}:
+            raise ValueError("entries are missing")
+        return content
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"{out} holds no comparison ({_FILE} is missing): give the --out that its runs were "
             "trained with, or leave --report-only out to train them"
         ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{out / _FILE} cannot be read ({error}). Remove it and repeat the command that the "
+            "runs were trained with, without --report-only: finished runs stay"
+        ) from error
+
+
+def _other_runs(known: dict[str, Any], runs: Sequence[Run], out: Path) -> list[Run]:
+    """The runs of earlier calls that are there and not planned now."""
+    names = {run.name for run in runs}
+    known_runs = [Run(**run) for run in known["runs"]]
+    return [r for r in known_runs if r.name not in names and Place(out, r).config.is_file()]
+
+
+def _check_equal(
+    known: dict[str, Any], rules: Rules, runs: Sequence[Run], others: Sequence[Run]
+) -> None:
+    """Raise where new runs would not be comparable with those of earlier calls."""
+    advice = "Give another --out"
+    if known["equal"] != rules.equal:
+        raise UsageError(
+            f"the runs that are there have --equal {known['equal']}, now it is {rules.equal}. "
+            f"{advice}"
+        )
+    for run in runs:
+        for other in others:
+            alike = rules.equal == "iterations" or run.batch_size == other.batch_size
+            if alike and run.iters != other.iters:
+                raise UsageError(
+                    f"{other.name}, which is there, has {other.iters} iterations, {run.name} would "
+                    f"have {run.iters}. {advice}, or the same --iters"
+                )
 
 
 def _equal_rules(cfg: Config, rules: Rules, runs: Sequence[Run]) -> dict[str, str]:
@@ -128,7 +170,8 @@ def _equal_rules(cfg: Config, rules: Rules, runs: Sequence[Run]) -> dict[str, st
     else:
         length = f"all runs have {runs[0].iters} iterations; larger batches see more images"
     if rules.lrs:
-        rate = f"all of {', '.join(f'{lr:g}' for lr in rules.lrs)} for every norm and batch size"
+        rates = ", ".join(f"{lr:g}" for lr in sorted({run.lr for run in runs}))
+        rate = f"all of {rates}, for every norm and batch size"
     else:
         rates = {run.batch_size: f"{run.lr:g} at batch size {run.batch_size}" for run in runs}
         rate = f"{_LR[rules.lr_rule]}: {', '.join(rates.values())} (the config's: "

@@ -1,5 +1,6 @@
 """What is trained in a comparison: the runs, and the rules that make them equal."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -88,6 +89,8 @@ def make_plan(cfg: Mapping[str, Any], rules: Rules) -> list[Run]:
             lrs = rules.lrs or [base_lr * ratio ** _EXPONENT[rules.lr_rule]]
             for lr in lrs:
                 runs += [Run(norm, batch, float(f"{lr:.6g}"), seed, number) for norm in rules.norms]
+    if len(set(runs)) < len(runs):
+        raise UsageError("--lrs are too much alike: the runs of two would have the same names")
     return runs
 
 
@@ -125,8 +128,9 @@ def _check(rules: Rules) -> None:
         ("--iters", [1 if rules.iters is None else rules.iters]),
         ("--lrs", rules.lrs or [1]),
     ):
-        if min(numbers) <= 0:
-            raise UsageError(f"{option} must be above 0, got {min(numbers)}")
+        wrong = [number for number in numbers if not 0 < number < math.inf]
+        if wrong:
+            raise UsageError(f"{option} must be above 0, got {wrong[0]}")
 
 
 def split_list(text: str) -> list[str]:

@@ -90,9 +90,20 @@ def _finite(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
+def read_result(path: Path) -> Result | None:
+    """A result; None where there is none, or a file that is damaged."""
+    try:
+        result = json.loads(path.read_text())
+        Run(**result["run"])
+        return result if result["status"] in (DONE, DIVERGED, FAILED) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_results(out: Path) -> list[Result]:
     """All results in a comparison's folder."""
-    return [json.loads(path.read_text()) for path in sorted(out.glob("runs/*/result.json"))]
+    found = (read_result(path) for path in sorted(out.glob("runs/*/result.json")))
+    return [result for result in found if result is not None]
 
 
 def keep_pictures(test_dir: Path, run_dir: Path, shared: Path) -> None:

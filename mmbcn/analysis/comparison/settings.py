@@ -112,23 +112,39 @@ def _flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield place, value
 
 
+def check_config(cfg: Config, path: Path) -> bool:
+    """Whether a run's config is there, the same to the letter.
+
+    One that is there must be of the same settings.
+
+    Raises:
+        UsageError: it is of others, which are named, or cannot be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        old = Config.fromfile(path)
+    except Exception as error:  # it is Python: whatever a damaged file raises
+        raise UsageError(
+            f"cannot read {path} ({type(error).__name__}): remove its folder to train it anew"
+        ) from error
+    changed = differences(old, cfg)
+    if changed:
+        shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
+        raise UsageError(
+            f"{path.parent} is of other settings: {shown}. Give another --out, or remove that "
+            "folder to train it anew"
+        )
+    return _plain(old) == _plain(cfg)
+
+
 def write_config(cfg: Config, path: Path) -> None:
     """Write a run's config; one that is there must be of the same settings.
 
     Raises:
         UsageError: it is of others; names them.
     """
-    if path.is_file():
-        old = Config.fromfile(path)
-        changed = differences(old, cfg)
-        if not changed and _plain(old) == _plain(cfg):
-            return  # formatting takes its time
-        if changed:
-            shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
-            raise UsageError(
-                f"{path.parent} is of other settings: {shown}. Give another --out, or remove that "
-                "folder to train it anew"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if check_config(cfg, path):
+        return  # formatting takes its time
     with whole_file(path, "config") as part:
         part.write_text(cfg.pretty_text)
