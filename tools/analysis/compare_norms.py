@@ -25,7 +25,6 @@ from mmbcn.analysis.comparison.folder import Place, prepare
 from mmbcn.analysis.comparison.plan import EQUAL, LR_RULES, Rules, Run, make_plan, split_list
 from mmbcn.analysis.comparison.report import write_report
 from mmbcn.analysis.comparison.result import Result
-from mmbcn.analysis.files import make_folder
 from mmbcn.errors import UsageError
 
 NORMS = "bn,gn,gn_ws,bcn,bcn_ws,microbcn,microbcn_ws"
@@ -91,7 +90,6 @@ def train(args: argparse.Namespace, out: Path) -> list[Run]:
     runs = make_plan(cfg, rules)
     if args.jobs < 1:  # before anything is written
         raise UsageError(f"--jobs must be 1 or more, got {args.jobs}")
-    make_folder(out)
     prepare(cfg, args.config, rules, runs, out, f"python {shlex.join(sys.argv)}")
     missing = [r for r in runs if not Place(out, r).is_finished(args.retry_failed)]
     bar = RunBar(runs, missing)
