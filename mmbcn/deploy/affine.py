@@ -161,9 +161,8 @@ def scale_inputs(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     weight, bias = _double(layer.weight), _double(layer.bias)
     scale, shift = scale.to(weight.device), shift.to(weight.device)
     groups = getattr(layer, "groups", 1)
-    kernels = weight.unflatten(0, (groups, -1)).flatten(3)  # (G, C_out / G, C_in / G, rest)
-    if weight.dim() == 2:
-        kernels = kernels[..., None]
+    kernels = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
+    kernels = kernels.unflatten(0, (groups, -1))  # (G, C_out / G, C_in / G, rest)
     from_shift = torch.einsum("goik,gi->go", kernels, shift.view(groups, -1)).flatten()
     weight = (kernels * scale.view(groups, 1, -1, 1)).reshape(weight.shape)
     _set(layer, weight, from_shift if bias is None else bias + from_shift)

@@ -408,3 +408,14 @@ def test_torchvision_style_resnet(norm):
     folded = check(mmbcn.convert_norm(model, norm), (2, 3, 63, 65))
     assert not folded.fold_report.left
     assert len(folded.fold_report.folded | folded.fold_report.stages) == 9
+
+
+def test_batch_norm_before_a_linear_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    model(torch.randn(50, 3).double() + 2)
+    x = torch.randn(5, 3).double()
+    model.eval()
+    folded = mmbcn.deploy.fold(model, x)
+    assert isinstance(folded[2], nn.Identity)
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-12)
