@@ -1,15 +1,12 @@
 """Results that are kept as soon as they are there, so that a long measurement can go on."""
 
-import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from mmengine.config import Config
-
+from mmbcn.analysis.files import make_folder
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.errors import UsageError
 
@@ -22,18 +19,20 @@ class KeptResults:
         settings: what all numbers were measured with, as JSON.
 
     Raises:
-        UsageError: the file cannot be read, or holds numbers of other settings.
+        UsageError: there can be no such folder, the file holds something else, or numbers of other
+            settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         self.numbers: dict[str, float] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not path.is_file():
             return
         try:
             kept = json.loads(path.read_text())
-            theirs, self.numbers = kept["settings"], kept["numbers"]
+            theirs = dict(kept["settings"])
+            self.numbers = {name: float(number) for name, number in dict(kept["numbers"]).items()}
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} holds no results of this tool: move it away") from error
         keys = [k for k in {**theirs, **self.settings} if theirs.get(k) != self.settings.get(k)]
@@ -58,24 +57,21 @@ class KeptResults:
             )
 
 
-def fingerprint(path: Path, cfg: Config) -> dict[str, str]:
-    """Settings that tell one checkpoint and one config from another."""
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    used = [cfg.get(key) for key in ("model", "test_dataloader", "test_evaluator")]
-    return dict(
-        checkpoint=content[:16], config=hashlib.sha256(repr(used).encode()).hexdigest()[:16]
-    )
+def digest(*contents: Any) -> str:
+    """What tells parts of configs, or files' bytes, from others."""
+    found = hashlib.sha256()
+    for content in contents:
+        found.update(content if isinstance(content, bytes) else repr(content).encode())
+    return found.hexdigest()[:16]
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that all have the first one's keys as CSV."""
-    with whole_file(path, "table") as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def fingerprint(path: Path, cfg: Mapping[str, Any], *keys: str) -> dict[str, str]:
+    """Settings that tell one checkpoint and one config from another.
 
-
-def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG."""
-    with whole_file(path, "figure") as part:
-        figure.savefig(part, format="png", dpi=120)
+    Args:
+        path: of the checkpoint.
+        cfg: the config.
+        keys: those of it that count, beside ``model`` and ``test_dataloader``.
+    """
+    used = [cfg.get(key) for key in ("model", "test_dataloader", *keys)]
+    return dict(checkpoint=digest(path.read_bytes()), config=digest(used))

@@ -13,6 +13,16 @@ from mmbcn.analysis.moments import ChannelMoments
 from mmbcn.errors import UsageError
 
 
+def check_momentum(momentum: float) -> None:
+    """Check the momentum of `track`.
+
+    Raises:
+        UsageError: it is not above 0 and at most 1.
+    """
+    if not 0 < momentum <= 1:
+        raise UsageError(f"momentum must be above 0 and at most 1, got {momentum}")
+
+
 @contextmanager
 def track(model: nn.Module, momentum: float = 0.1) -> Iterator[None]:
     """While it lasts, batch-normalizing layers in eval mode move their running statistics.
@@ -32,8 +42,7 @@ def track(model: nn.Module, momentum: float = 0.1) -> Iterator[None]:
     Raises:
         UsageError: another momentum, or nothing that keeps running statistics.
     """
-    if not 0 < momentum <= 1:
-        raise UsageError(f"momentum must be above 0 and at most 1, got {momentum}")
+    check_momentum(momentum)
     layers = dict(find_layers(model))
     if not layers:
         raise UsageError(f"{type(model).__name__} has no layer with running statistics to track")

@@ -83,6 +83,37 @@ def test_tool_measures_keeps_and_goes_on(case, tmp_path, capsys, monkeypatch):
 
     with pytest.raises(SystemExit, match=r"other settings .*test_images 4 there, 2 now"):
         run_tool("noise_robustness", *args, "--test-images", "2")
+    run_tool("noise_robustness", *args, "--batch-size", "2")  # the same result
+    other = ["--cfg-options", "train_dataloader.dataset.seed=9"]
+    with pytest.raises(SystemExit, match=r"other settings \(calibration_set \w+ there, \w+ now\)"):
+        run_tool("noise_robustness", *args, *other)
+
+
+def test_one_pass_numbers_are_kept_apart_by_batch_size(case, tmp_path):
+    config, checkpoint = case()
+    args = [config, checkpoint, *ARGS[:-1], "3", "--one-pass", "--chips", "1"]
+    args += ["--out", tmp_path / "out"]
+    run_tool("noise_robustness", *args)
+    with pytest.raises(SystemExit, match=r"other settings \(batch_size 3 there, 2 now\)"):
+        run_tool("noise_robustness", *args, "--batch-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--levels", "inf"], "must be 0 or more, and finite, got inf"),
+        (["--momentum", "5"], "momentum must be above 0 and at most 1, got 5.0"),
+        (["--out", "model.pth"], "cannot write to the folder"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(
+    case, tmp_path, options, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config, checkpoint = case()
+    monkeypatch.setattr(noise_robustness, "measure", None)
+    with pytest.raises(SystemExit, match=message):
+        run_tool("noise_robustness", config, checkpoint, *options)
 
 
 def test_model_without_running_statistics_is_measured_without_calibration(case, tmp_path, capsys):
@@ -119,9 +150,18 @@ def test_cell_leaves_the_model_as_it_was(monkeypatch):
         torch.testing.assert_close(y.var((0, 2, 3), correction=0), expected, atol=1e-3, rtol=0)
 
 
-def test_kept_results_refuse_a_foreign_file(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"settings": 3, "numbers": {}}',
+        '{"settings": {}, "numbers": {"clean": null}}',
+        "\xff",
+    ],
+)
+def test_kept_results_refuse_a_foreign_file(tmp_path, text):
     path = tmp_path / "results.json"
-    path.write_text("[]")
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match="holds no results of this tool"):
         KeptResults(path, {})
 

@@ -161,6 +161,44 @@ def test_shared_weight_is_noisy_once():
     assert torch.equal(inside, noisy(nn.Sequential(model[0]), "multiplicative", 0.3)[0])
 
 
+def test_shared_weight_is_noisy_in_each_layer_that_runs_with_it():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        with WeightNoise(model, "multiplicative", 0.3, seed=1, fresh=True):
+            seen = [layer(torch.ones(1, 4)) for layer in model]
+        assert torch.equal(model[0].weight, torch.eye(4))
+    assert (seen[0] != 1).all()
+    assert (seen[1] != 1).all()
+    assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_attention_runs_with_noise_on_all_its_projections(fresh):
+    torch.manual_seed(0)
+    x, kv = torch.randn(3, 1, 8), torch.randn(4, 1, 6)
+    keys = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    for key in (None, *keys):  # alone, as the others' range is zero
+        layer = nn.MultiheadAttention(8, 2, kdim=6, vdim=6).eval()
+        with torch.no_grad():
+            for other in keys:
+                if key is not None and other != key:
+                    layer.get_parameter(other).fill_(0.1)
+            clean = layer(x, kv, kv)[0]
+            with WeightNoise(layer, "additive", 0.3, fresh=fresh):
+                assert not torch.equal(layer(x, kv, kv)[0], clean), key
+            assert torch.equal(layer(x, kv, kv)[0], clean)
+
+
+def test_layer_that_computes_its_weight_is_refused():
+    weight_norm = nn.utils.parametrizations.weight_norm
+    for wrap in (weight_norm, nn.utils.weight_norm):
+        model = nn.Sequential(nn.Linear(3, 3), wrap(nn.Linear(3, 3)))
+        with pytest.raises(UsageError, match=r"^1 computes its weight from others"):
+            WeightNoise(model, "additive", 0.1)
+
+
 def test_half_precision_keeps_its_type():
     model = nn.Linear(50, 50).bfloat16()
     [w] = noisy(model, "additive", 0.1)
@@ -173,7 +211,7 @@ def test_mistakes_say_what_to_do():
     with pytest.raises(UsageError, match="unknown noise 'gauss'; known: additive, multiplicative"):
         WeightNoise(model, "gauss", 0.1)
     for level in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="must be 0 or more"):
+        with pytest.raises(UsageError, match="must be 0 or more, and finite"):
             WeightNoise(model, "additive", level)
     with pytest.raises(UsageError, match="no convolution or linear layer"):
         WeightNoise(nn.BatchNorm2d(3), "additive", 0.1)

@@ -10,6 +10,7 @@ pytest.importorskip("mmseg")
 
 from mmbcn.analysis import WeightNoise
 from mmbcn.engine import WeightNoiseHook
+from mmbcn.errors import UsageError
 from mmbcn.registry import HOOKS
 
 
@@ -50,3 +51,16 @@ def test_epoch_that_broke_off_leaves_no_noise_in_the_next():
     assert torch.equal(model.weight, first)
     hook.after_val_iter(runner, 0)
     assert torch.equal(model.weight, clean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(kind="gauss", level=0.1), "unknown noise 'gauss'"),
+        (dict(kind="additive", level="0.1"), "must be 0 or more, and finite, got '0.1'"),
+        (dict(kind="additive", level=0.1, seed=-1), "seed must be a whole number"),
+    ],
+)
+def test_wrong_settings_are_refused_before_training(settings, message):
+    with pytest.raises(UsageError, match=message):
+        WeightNoiseHook(**settings)

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from mmbcn.analysis.kept_results import KeptResults, fingerprint, write_figure, write_table
+from mmbcn.analysis.files import write_csv, write_figure
+from mmbcn.analysis.kept_results import KeptResults, fingerprint
 from mmbcn.analysis.segmentor import load_segmentor
 from mmbcn.checkpoints.fetch import fetch
 from mmbcn.checkpoints.read import read_checkpoint
@@ -35,7 +37,9 @@ def load(args: argparse.Namespace, cfg: Config) -> tuple[nn.Module, dict[str, st
     """The model with the checkpoint's weights, and what tells it from others."""
     path = fetch(args.checkpoint)
     checkpoint = read_checkpoint(path, trust_pickle=args.trust_pickle)
-    return load_segmentor(cfg, checkpoint, args.checkpoint)[0], fingerprint(path, cfg)
+    return load_segmentor(cfg, checkpoint, args.checkpoint)[0], fingerprint(
+        path, cfg, "test_evaluator"
+    )
 
 
 def title(args: argparse.Namespace, details: str) -> str:
@@ -73,6 +77,6 @@ def fill(
 
 def write(out: Path, rows: Sequence[Mapping[str, Any]], figure: Figure) -> None:
     """Write table and figure beside the kept results, and say where."""
-    write_table(out / "results.csv", rows)
-    write_figure(out / "results.png", figure)
+    write_csv(pd.DataFrame(rows), out / "results.csv")
+    write_figure(figure, out / "results.png")
     print("wrote " + ", ".join(str(out / f"results.{kind}") for kind in ("json", "csv", "png")))

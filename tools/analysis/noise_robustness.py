@@ -11,6 +11,7 @@ Example:
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,10 +22,11 @@ from _robustness import Stage, add_shared_args, fill, load, title, write
 
 from mmbcn.analysis.calibration import find_layers
 from mmbcn.analysis.evaluation import TestSet
-from mmbcn.analysis.images import KeptBatches, SplitImages
-from mmbcn.analysis.kept_results import KeptResults
+from mmbcn.analysis.images import KeptBatches, SplitImages, test_pipeline
+from mmbcn.analysis.kept_results import KeptResults, digest
 from mmbcn.analysis.noise_robustness import METHODS, draw, measure, plan, summarize
-from mmbcn.analysis.weight_noise import NOISES
+from mmbcn.analysis.tracking import check_momentum
+from mmbcn.analysis.weight_noise import NOISES, check_noise
 from mmbcn.errors import UsageError
 
 
@@ -63,6 +65,9 @@ def main() -> None:
     args = parse_args()
     if args.chips < 1 or min(args.levels) <= 0:
         raise UsageError("--chips must be 1 or more, and --levels above 0")
+    for kind, level in product(args.noise, args.levels):
+        check_noise(kind, level, seed=0)
+    check_momentum(args.momentum)
     cfg = read_config(args)
     out = args.out or Path(f"work_dirs/{Path(args.config).stem}_noise")
     tests = TestSet(cfg, args.test_images)
@@ -73,7 +78,10 @@ def main() -> None:
         methods = ["noisy"]
     images = SplitImages(cfg, args.num_images, args.batch_size)
     settings |= dict(test_images=tests.num_images, calibration_images=images.num_images)
+    settings |= dict(calibration_set=digest(cfg.train_dataloader.dataset, test_pipeline(cfg)))
     settings |= dict(one_pass=args.one_pass, momentum=args.momentum)
+    if args.one_pass:  # which depends on it
+        settings |= dict(batch_size=args.batch_size)
     results = KeptResults(out / "results.json", settings)
     cells = {
         cell.name: cell for cell in plan(args.noise, sorted(set(args.levels)), args.chips, methods)

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
-from mmbcn.analysis.weight_noise import WeightNoise
+from mmbcn.analysis.weight_noise import WeightNoise, check_noise
 from mmbcn.registry import HOOKS
 
 
@@ -23,11 +23,15 @@ class WeightNoiseHook(Hook):
         seed: of the noise, the same for all ranks; each validation begins with it.
         fresh: False: one noise for the whole validation or test; True: drawn anew each time a layer
             runs.
+
+    Raises:
+        UsageError: an unknown kind, a level or seed that is none.
     """
 
     priority = "VERY_HIGH"  # the clean weights are back before another hook saves them
 
     def __init__(self, kind: str, level: float, seed: int = 0, fresh: bool = False) -> None:
+        check_noise(kind, level, seed)
         self.settings = dict(kind=kind, level=level, seed=seed, fresh=fresh)
         self.noise: WeightNoise | None = None
 
