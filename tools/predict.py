@@ -31,7 +31,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from numpy.typing import NDArray
 
-from mmbcn.analysis.kept_results import fingerprint
+from mmbcn.analysis.kept_results import digest, fingerprint
 from mmbcn.analysis.segmentor import load_segmentor
 from mmbcn.checkpoints.fetch import fetch
 from mmbcn.checkpoints.read import check_file, read_checkpoint
@@ -42,7 +42,7 @@ from mmbcn.errors import UsageError
 from mmbcn.inference.predictor import Image, Predictor, UnreadableError
 from mmbcn.inference.results import Results, blend, draw_legend, find_classes
 from mmbcn.inference.sources import find_sources
-from mmbcn.inference.video import VideoReader, VideoWriter, count_frames
+from mmbcn.inference.video import VideoReader, VideoWriter, count_frames, expected_frames
 
 Draw = Callable[[Image, NDArray[np.int64]], NDArray[np.uint8]]
 
@@ -90,7 +90,10 @@ def main() -> None:
         predictor = Predictor(cfg, model, args.tta)
     kinds = ["overlays"]
     kinds += [kind for kind in ("labels", "probabilities") if getattr(args, kind)]
-    settings = dict(fingerprint(path, cfg), tta=args.tta, opacity=args.opacity)
+    settings = fingerprint(path, cfg, "val_dataloader")
+    settings |= dict(tta=args.tta, opacity=args.opacity)
+    if args.tta:
+        settings |= dict(tta_pipeline=digest(cfg.tta_pipeline))
     results = Results(out, settings, sources, kinds, args.overwrite)
     names, colors = find_classes(cfg, checkpoint, model.out_channels)
     with whole_file(out / "legend.png", "legend") as part:
@@ -172,7 +175,7 @@ def predict_video(
     """Predict on a video; yields numbers of frames."""
     path = results.sources[name].path
     video = VideoReader(path)
-    frames, expected = 0, count_frames(path)
+    frames, expected = 0, expected_frames(path)
     with results.video(name) as written:
         writer = VideoWriter(written, video.fps)
         try:
@@ -185,7 +188,7 @@ def predict_video(
                 yield len(batch)
         finally:
             writer.close()
-        if frames < max(expected, 1):
+        if frames < expected:
             raise UnreadableError(f"it ends after {frames} of {expected} frames")
 
 

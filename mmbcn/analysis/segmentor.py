@@ -30,7 +30,8 @@ def load_segmentor(
         model = MODELS.build(cfg.model)
     optional = ("auxiliary_head",)
     text = cfg.pretty_text
-    state, _ = fit_checkpoint(model, checkpoint, source, config=text, exact=True, optional=optional)
+    rules = dict(exact=True, optional=optional, allow_partial=None)
+    state, _ = fit_checkpoint(model, checkpoint, source, config=text, **rules)
     model.load_state_dict(state, strict=False)
     return model.to(device or get_device()), state
 

@@ -35,7 +35,7 @@ def fit_checkpoint(
     config: str | None = None,
     exact: bool = False,
     optional: Iterable[str] = (),
-    allow_partial: bool = False,
+    allow_partial: bool | None = False,
 ) -> tuple[State, LoadReport]:
     """The entries of a checkpoint that ``model`` takes, under its names and in its shapes.
 
@@ -47,7 +47,7 @@ def fit_checkpoint(
         config: text of the model's config, compared with the checkpoint's where it has one.
         exact: testing and resuming: the same function, nothing may be missing.
         optional: with ``exact``, parts of the model that may be missing.
-        allow_partial: report what does not match instead of raising.
+        allow_partial: report what does not match instead of raising; None: nor say that one could.
 
     Raises:
         UsageError: the norm is another (with ``exact``, or where the group stage of a
@@ -68,9 +68,11 @@ def fit_checkpoint(
     state = _compare(model, state, report)
     problem = report.problem(exact, optional)
     if problem and not allow_partial:
+        advice = "To go on with what matches: --allow-partial (allow_partial=True in a config)"
+        if allow_partial is None:
+            advice = "Give the config that it was trained with (saved beside it)"
         raise UsageError(
-            f"{source} does not fit the model: {problem}. {report.hint()}To go on with what "
-            f"matches: --allow-partial (allow_partial=True in a config)\n{report.text()}"
+            f"{source} does not fit the model: {problem}. {report.hint()}{advice}\n{report.text()}"
         )
     return state, report
 

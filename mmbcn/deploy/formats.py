@@ -47,7 +47,11 @@ def write_onnx(
     path: Path,
     opset: int,
 ) -> None:
-    """Write an ONNX file; metadata becomes its ``metadata_props``."""
+    """Write an ONNX file; metadata becomes its ``metadata_props``.
+
+    Raises:
+        UsageError: a package is missing, or the model cannot be exported with that opset.
+    """
     needed("onnxscript")
     onnx = needed("onnx")
     names = dict(input_names=[INPUT], output_names=list(OUTPUTS))
@@ -55,6 +59,9 @@ def write_onnx(
     with _quiet("ONNX", f" with opset {opset}"):
         program = torch.onnx.export(program, opset_version=opset, verbose=False, **names)
     proto = program.model_proto
+    written = next(used.version for used in proto.opset_import if not used.domain)
+    if written != opset:  # the exporter stays with its own where it cannot convert
+        raise UsageError(f"the installed onnx writes no opset {opset}: give another --opset")
     onnx.helper.set_model_props(proto, dict(metadata))
     path.write_bytes(proto.SerializeToString())
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from mmcv.transforms import Compose
@@ -76,7 +77,7 @@ class Predictor:
         """Read an image file.
 
         Raises:
-            UnreadableError: it is damaged, or none.
+            UnreadableError: it is damaged, or none, or the test pipeline cannot take it.
         """
         try:
             fault = damage(path.read_bytes())
@@ -90,12 +91,23 @@ class Predictor:
         return self._image(results)
 
     def take(self, frame: NDArray[np.uint8]) -> Image:
-        """Take an image (H, W, 3), BGR."""
+        """Take an image (H, W, 3), BGR.
+
+        Raises:
+            UnreadableError: the test pipeline cannot take it.
+        """
         return self._image(dict(img=frame, img_shape=frame.shape[:2], ori_shape=frame.shape[:2]))
 
     def _image(self, results: dict[str, Any]) -> Image:
         pixels = results["img"].clip(0, 255).astype(np.uint8)
-        return Image(pixels, self._rest(results))
+        try:
+            return Image(pixels, self._rest(results))
+        except (cv2.error, ValueError) as error:  # a side of 0 pixels after resizing, ...
+            height, width = pixels.shape[:2]
+            raise UnreadableError(
+                f"the test pipeline cannot take an image of {height}x{width} pixels "
+                f"({str(error).strip()})"
+            ) from error
 
     def __call__(self, images: Sequence[Image]) -> list[Prediction]:
         """Predict; images of one size run as one batch."""

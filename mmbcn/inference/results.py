@@ -11,10 +11,11 @@ import numpy as np
 from mmengine.registry import DATASETS, DefaultScope
 from numpy.typing import NDArray
 
+from mmbcn.analysis.files import make_folder
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.errors import UsageError
 from mmbcn.inference.predictor import Prediction
-from mmbcn.inference.sources import Source, name_sources
+from mmbcn.inference.sources import Source, name_sources, overlay_video
 
 _RECORD = "predictions.json"
 _ROW = 24  # pixels of a line of the legend
@@ -27,14 +28,15 @@ class Results:
         out: the folder; made.
         settings: what the predictions are made with, as JSON; kept in the folder, with the names.
         sources: the files that are predicted.
-        kinds: of 'overlays', 'labels' and 'probabilities', what is written.
-        overwrite: take no notice of what is there.
+        kinds: 'overlays', and of 'labels' and 'probabilities', what is written too.
+        overwrite: let nothing that is there count from now on, also if this run breaks off.
 
     Attributes:
         sources: the sources by name.
 
     Raises:
-        UsageError: the folder holds predictions that were made with other settings.
+        UsageError: there can be no such folder, or it holds predictions that were made with other
+            settings.
     """
 
     def __init__(
@@ -45,33 +47,37 @@ class Results:
         kinds: Sequence[str],
         overwrite: bool = False,
     ) -> None:
-        self.out, self.kinds, self._overwrite = out, list(kinds), overwrite
-        record = out / _RECORD
-        names = _read_names(record, settings, overwrite) if record.is_file() else {}
+        self.out, self.kinds = out, list(kinds)
+        record = make_folder(out) / _RECORD
+        there = record.is_file()
+        names, self._since = _read(record, settings, overwrite) if there else ({}, 0.0)
         self.sources = name_sources(sources, names)
         names |= {name: str(source.path) for name, source in self.sources.items()}
-        out.mkdir(parents=True, exist_ok=True)
         with whole_file(record, "record") as part:
-            part.write_text(json.dumps(dict(settings=settings, names=names), indent=1) + "\n")
+            part.touch()
+            if overwrite:
+                self._since = part.stat().st_mtime  # by the clock of the results
+            content = dict(settings=settings, since=self._since, names=names)
+            part.write_text(json.dumps(content, indent=1) + "\n")
 
     def path(self, kind: str, name: str, frame: int | None = None) -> Path:
         """The file of a source, or of a video's frame."""
         if kind == "overlays" and self.sources[name].is_video:
-            return self.out / kind / (name if name.endswith(".mp4") else f"{name}.mp4")
+            return self.out / kind / overlay_video(name)
         inside = name if frame is None else f"{name}/{frame:06d}"
         return self.out / kind / f"{inside}{'.npz' if kind == 'probabilities' else '.png'}"
 
     def is_done(self, name: str) -> bool:
-        """Whether all files of a source are there, and not older than it."""
+        """Whether all files of a source are there, and not older than it or the settings."""
         source = self.sources[name]
-        if self._overwrite:
+        frame = 0 if source.is_video else None
+        paths = [self.path(kind, name, frame) for kind in self.kinds]
+        if not all(path.is_file() for path in paths):
             return False
-        if source.is_video:  # whose overlays are written last
-            paths = [self.path(kind, name, 0) for kind in self.kinds]
-        else:
-            paths = [self.path(kind, name) for kind in self.kinds]
-        time = source.path.stat().st_mtime
-        return all(path.is_file() and path.stat().st_mtime >= time for path in paths)
+        overlay, *others = (path.stat().st_mtime for path in paths)
+        if source.is_video and overlay < max(others, default=overlay):
+            return False  # it is written last: the others are of a run that broke off
+        return min([overlay, *others]) >= max(source.path.stat().st_mtime, self._since)
 
     def write(
         self,
@@ -108,10 +114,14 @@ class Results:
                 written.unlink(missing_ok=True)
 
 
-def _read_names(record: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, str]:
+def _read(
+    record: Path, settings: Mapping[str, Any], overwrite: bool
+) -> tuple[dict[str, str], float]:
+    """The names, and the time since which files are of these settings."""
     try:
         kept = json.loads(record.read_text())
         theirs, names = dict(kept["settings"]), dict(kept["names"])
+        since = float(kept["since"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{record} is no record of this tool: give another --out") from error
     keys = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
@@ -121,7 +131,7 @@ def _read_names(record: Path, settings: Mapping[str, Any], overwrite: bool) -> d
             f"{record.parent} holds predictions made with other settings ({changes}): give another "
             "--out, or --overwrite to make them anew"
         )
-    return names
+    return names, since
 
 
 def find_classes(

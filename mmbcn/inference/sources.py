@@ -3,7 +3,7 @@
 import glob
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from mmbcn.errors import UsageError
@@ -90,7 +90,8 @@ def name_sources(sources: Sequence[Source], known: Mapping[str, str]) -> dict[st
     """A name of its own for each source, such as ``street/0001``, or ``clip.mp4`` for a video.
 
     Its path inside of the folder; of an image without the suffix, but where two differ in it alone.
-    Where that is another's name, with the folders above, until it is its own.
+    Where results of that name would be in the way of another's, with the folders above, until they
+    are not.
 
     Args:
         sources: different files.
@@ -99,14 +100,36 @@ def name_sources(sources: Sequence[Source], known: Mapping[str, str]) -> dict[st
     given = {path: name for name, path in known.items()}
     stems = Counter(source.path.with_suffix("") for source in sources)
     named: dict[str, Source] = {}
+    taken: set[PurePath] = set()
+    for name, path in known.items():
+        taken |= _results(name, Source(Path(path), Path(path)))
     for source in sources:
         name = given.get(str(source.path))
         if name is None:
             whole = source.is_video or stems[source.path.with_suffix("")] > 1
             choice = _candidates(source, whole)
-            name = next(n for n in choice if n not in named and n not in known)
+            name = next(n for n in choice if _is_free(_results(n, source), taken))
+            taken |= _results(name, source)
         named[name] = source
     return named
+
+
+def overlay_video(name: str) -> str:
+    """The file of a video's overlays."""
+    return name if name.lower().endswith(".mp4") else f"{name}.mp4"
+
+
+def _results(name: str, source: Source) -> set[PurePath]:
+    """What results of a name are called; of a video's frames, their folder."""
+    files = (name, overlay_video(name)) if source.is_video else (f"{name}.png", f"{name}.npz")
+    return set(map(PurePath, files))
+
+
+def _is_free(files: set[PurePath], taken: set[PurePath]) -> bool:
+    """Whether no file is taken, lies in one, or has to be a folder."""
+    within = {parent for file in files for parent in file.parents}
+    above = {parent for file in taken for parent in file.parents}
+    return not (files & taken or within & taken or files & above)
 
 
 def _candidates(source: Source, whole: bool) -> Iterator[str]:

@@ -11,6 +11,12 @@ from mmbcn.errors import UsageError
 from mmbcn.inference.predictor import UnreadableError
 
 _USUAL_FPS = 25.0  # where the file does not say
+_COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # the others tell a duration, which sound may prolong
+
+
+def expected_frames(path: Path) -> int:
+    """The least number of frames that a whole file gives: what it says, where it counts them."""
+    return max(count_frames(path), 1) if path.suffix.lower() in _COUNTED else 1
 
 
 def count_frames(path: Path) -> int:

@@ -76,6 +76,14 @@ def test_resized_images_give_labels_of_their_own_size(cfg):
     assert found([found.take(scene(0, 51, 77))])[0].labels.shape == (51, 77)
 
 
+def test_image_that_resizing_would_leave_no_pixels_of(cfg, tmp_path):
+    resize = dict(type="Resize", scale=(32, 32), keep_ratio=True)
+    cfg.test_dataloader.dataset.pipeline.insert(1, resize)
+    cv2.imwrite(str(tmp_path / "line.png"), np.zeros((1, 3000, 3), np.uint8))
+    with pytest.raises(UnreadableError, match="pipeline cannot take an image of 1x3000 pixels"):
+        Predictor(cfg, build(cfg)).read(tmp_path / "line.png")
+
+
 def test_kinds_of_files_are_seen_alike(cfg, tmp_path):
     found = Predictor(cfg, build(cfg))
     image = scene()

@@ -51,6 +51,22 @@ def test_names_given_before_stay(tree):
     assert names("in/b/1.png", "in/a/1.png", known=known) == {"b/1": "b/1.png", "1": "a/1.png"}
 
 
+def test_no_name_is_in_the_way_of_anothers_results(tree):
+    """An overlay of ride.avi is ride.avi.mp4, one of a.jpg is a.png."""
+    for name in ("c/ride.avi", "c/ride.avi.mp4", "c/a.jpg", "c/a.png/x.png", "d/ride.avi/0.png"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    found = names("in/c", "in/d")
+    images = {name: path for name, path in found.items() if path.endswith(("jpg", "png"))}
+    results = [Path(f"{name}.png") for name in images]
+    for name in found.keys() - images.keys():
+        results += {Path(name), Path(f"{name.removesuffix('.mp4')}.mp4")}  # frames and overlays
+    assert (len(found), len(images), len(set(results))) == (5, 3, len(results)), found
+    assert not any(a in b.parents for a in results for b in results), found
+    known = {name: str(tree / path) for name, path in found.items()}
+    assert names("in/d", "in/c", known=known) == found
+
+
 def test_each_file_once_and_none_of_the_results(tree):
     assert names("in/a/1.png", "in/a", "in/a") == names("in/a")
     assert names("in/a", out="in/a/deep") == {"1": "a/1.png", "ride.avi": "a/ride.avi"}

@@ -80,6 +80,8 @@ def test_int8_beside_the_file(checkpoint):
         (["configs/none.py"], "error: there is no config"),
         ([CONFIG, "--format", "torchscript", "--int8"], "--int8 is for --format onnx"),
         ([CONFIG, "--norm", "gn"], "error: "),
+        ([CONFIG, "--opset", "99"], "writes no opset 99"),
+        ([CONFIG, "--int8", "--calibration-images", "0"], "--calibration-images must be 1 or more"),
         ([CONFIG, "--input-size", "0", "-5"], "of 1 pixels or more in height and width"),
         ([CONFIG, "--dynamic", "--input-size", "64", "16"], "of 32 pixels or more"),
     ],

@@ -16,6 +16,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmbcn import set_norm
 from mmbcn.datasets.shapes_scene import CLASSES, PALETTE, draw_scene
+from mmbcn.inference.predictor import Predictor
+from mmbcn.inference.results import Results
 
 TOOL = Path(__file__).parents[2] / "tools/predict.py"
 
@@ -109,11 +111,46 @@ def test_resumes_and_refuses_other_settings(predict, made, tmp_path):
     assert "2 of 2 files predicted" in text  # not all files were there
     code, text = predict(made / "in/a", "--out", out, "--tta")
     assert code == 1
-    assert "made with other settings (tta False there, True now)" in text
+    assert "made with other settings (tta False there, True now; tta_pipeline None there, " in text
     code, text = predict(made / "in/a", "--out", out, "--tta", "--overwrite")
     assert code == 0, text
     assert "2 of 2 files predicted" in text
     assert (out / "overlays/1.png").stat().st_mtime_ns > first
+
+
+def test_overwriting_that_broke_off_leaves_nothing_old(predict, made, tmp_path, monkeypatch):
+    other = tmp_path / "other.pth"
+    checkpoint = torch.load(made / "iter_1.pth", weights_only=True)
+    checkpoint["state_dict"] = {k: 2 * v for k, v in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, other)
+    out = tmp_path / "out"
+    code, text = predict(made / "in", "--out", out)
+    assert code == 0, text
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("overlays/**/*.png")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "__call__", interrupt)
+        code, text = predict(made / "in", "--out", out, "--overwrite", checkpoint=other)
+        assert code
+    code, text = predict(made / "in/a", "--out", out, checkpoint=other)
+    assert "2 of 2 files predicted: " in text
+    code, text = predict(made / "in", "--out", out, checkpoint=other)
+    assert "1 of 3 files predicted, 2 were there already" in text
+    assert len(before) == 3
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_tta_pipeline_is_one_of_the_settings(predict, made, tmp_path):
+    options = ("--out", tmp_path / "out", "--tta")
+    code, text = predict(made / "in/a", *options)
+    assert code == 0, text
+    fewer = ("--cfg-options", "tta_pipeline.1.transforms.0.0.scale_factor=1.25")
+    code, text = predict(made / "in/a", *options, *fewer)
+    assert code == 1
+    assert "made with other settings (tta_pipeline " in text
 
 
 def test_bad_files_are_named_and_counted(predict, made, tmp_path):
@@ -137,7 +174,7 @@ def test_bad_files_are_named_and_counted(predict, made, tmp_path):
     assert files(out) == ["legend.png", "overlays/good.png", "predictions.json"]
 
 
-def test_video(predict, made, tmp_path):
+def test_video(predict, made, tmp_path, monkeypatch):
     frames = [draw_scene(6, i, 48, 64)[0] for i in range(5)]
     code = cv2.VideoWriter_fourcc(*"MJPG")
     writer = cv2.VideoWriter(str(tmp_path / "ride.avi"), code, 12, (64, 48))
@@ -160,6 +197,32 @@ def test_video(predict, made, tmp_path):
     assert not video.read()[0]
     code, text = predict(tmp_path / "ride.avi", *options)
     assert "0 of 1 files predicted, 1 were there already" in text
+
+    more, write = (*options, "--probabilities"), Results.write
+    monkeypatch.setattr(
+        Results, "write", lambda *a: interrupt() if a[-1] == 3 else write(*a)
+    )  # in the fourth frame
+    code, text = predict(tmp_path / "ride.avi", *more)
+    assert code
+    monkeypatch.setattr(Results, "write", write)
+    code, text = predict(tmp_path / "ride.avi", *more)
+    assert "1 of 1 files predicted: " in text
+    assert len(files(out / "probabilities/ride.avi")) == 5
+
+
+@pytest.mark.parametrize(("suffix", "code"), [("mkv", 0), ("avi", 1)])
+def test_video_of_fewer_frames_than_it_announces(predict, tmp_path, monkeypatch, suffix, code):
+    """AVI counts its frames and is damaged; Matroska tells how long it is, its sound too."""
+    path, out = tmp_path / f"ride.{suffix}", tmp_path / "out"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 12, (64, 48))
+    for i in range(3):
+        writer.write(draw_scene(6, i, 48, 64)[0])
+    writer.release()
+    monkeypatch.setattr("mmbcn.inference.video.count_frames", lambda path: 5)
+    found, text = predict(path, "--out", out)
+    assert found == code
+    assert ("ends after 3 of 5 frames" in text) == (code == 1)
+    assert (out / f"overlays/ride.{suffix}.mp4").is_file() == (code == 0)
 
 
 def test_windows(predict, made, tmp_path):
@@ -187,6 +250,7 @@ def test_windows(predict, made, tmp_path):
         (["in/a", "--crop-size", "8", "8", "--stride", "9", "8"], "windows leave no gap"),
         (["in/a", "--device", "cuda:77"], "--device cuda:77"),
         (["in/a", "--batch-size", "0"], "--batch-size must be 1 or more"),
+        (["in/a", "--cfg-options", "model.backbone.base_channels=4"], "does not fit the model"),
     ],
 )
 def test_mistakes_write_nothing(predict, made, tmp_path, monkeypatch, options, message):
@@ -194,7 +258,14 @@ def test_mistakes_write_nothing(predict, made, tmp_path, monkeypatch, options, m
     code, text = predict(*options, "--out", tmp_path / "out")
     assert code == 1
     assert message in text
+    assert "--allow-partial" not in text  # which the tool has not
     assert not (tmp_path / "out").exists()
+
+
+def test_results_cannot_be_a_file(predict, made):
+    code, text = predict(made / "in/a", "--out", made / "config.py")
+    assert code == 1
+    assert text.strip().endswith("config.py: File exists")
 
 
 def test_mmseg_inferencer_sees_the_same(predict, made, tmp_path):

@@ -82,6 +82,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--int8 is for --format onnx without --fp16")
     if args.opset < 18:
         parser.error(f"--opset must be 18 or later, got {args.opset}")
+    if args.calibration_images < 1:
+        parser.error(f"--calibration-images must be 1 or more, got {args.calibration_images}")
     return args
 
 
