@@ -5,6 +5,7 @@ weight-standardized too (Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
 """
 
 import inspect
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from mmbcn.errors import UsageError, nearest
 from mmbcn.layers import (
@@ -28,8 +30,10 @@ from mmbcn.layers import (
     WSConv2d,
     link_norms,
 )
+from mmbcn.layers.foreign import drop_and_activate, eps_of, has_hooks
 
 Cfg = TypeVar("Cfg", bound=dict)
+_LOGGER = logging.getLogger(__name__)
 
 # name -> (norm_cfg, the class that it builds)
 _NORMS: dict[str, tuple[dict[str, Any], type[nn.Module]]] = {
@@ -59,6 +63,9 @@ _TOKEN_NORMS = ("LN", "LN2d", "LayerNorm", "LayerNorm2d")  # of transformers: no
 _NO_LAYERS_INSIDE = ("data_preprocessor", "init_cfg", "train_cfg", "test_cfg", "act_cfg")
 _SCOPES = ("mmseg", "mmdet", "mmpretrain")
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, detectron2's, timm's
+# whose forward is what the name says; a subclass may inherit it, but not change it
+_KNOWN = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+_TIMM = ("timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")  # nn.GroupNorm's, but faster
 _UNUSABLE: set[str] = set()  # scopes whose package is installed, but does not import
 _LINKED = "mmbcn.norms.linked_model"  # the type that builds a model and links its norms
 
@@ -278,8 +285,9 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
     batch-channel norms; LayerNorm stays. Per-channel affines and running statistics carry over
     (into the batch stage of a batch-channel norm; weights that are all zero, of zero-initialised
     residual branches, into its group stage), with eps, momentum, device, dtype, mode and
-    ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows becomes a
-    `WSConv2d` on the same parameter; a final classifier has none behind it and stays. Without,
+    ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows, in the
+    order of their definition, becomes a `WSConv2d` on the same parameter; a final classifier has
+    none behind it and stays. Those that stay are logged. Without,
     a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Norms that look at the layers
     before them are linked to these, see `mmbcn.layers.link_norms`. Convert before the optimizer is
     built: the norms' parameters are new ones.
@@ -293,8 +301,10 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is no module.
-        UsageError: the name is unknown, there is nothing to convert, or a BatchNorm of another kind
-            (`InPlaceABN`, lazy layers that never ran) would stay.
+        UsageError: the name is unknown, there is nothing to convert, a BatchNorm of another kind
+            (`InPlaceABN`, lazy layers that never ran) would stay, or something would be lost: what
+            a subclass adds in its ``forward``, a layer's hooks, how a convolution computes its
+            weight. ``module`` is as it was.
     """
     base, ws = _check_name(name)
     if base == "ic":
@@ -310,23 +320,21 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
         )
     names = {m: n for n, m in module.named_modules()}
     layers = list(_layers(module))
-    for layer in layers:
-        if not _width(layer) and "running_mean" in layer._buffers:
-            raise UsageError(
-                f"convert_norm cannot convert {names[layer]}, a {type(layer).__name__}: it knows "
-                "those of torch, torchvision, timm and mmbcn. Build the model with nn.BatchNorm2d; "
-                "of lazy layers, run it once before"
-            )
     swaps: dict[nn.Module, nn.Module] = {}
+    like = next(iter(_floats(module)), None)
     for layer, follower in zip(layers, [*layers[1:], None], strict=True):
-        if _width(layer):
-            swaps[layer] = _new_norm(layer, base)
-        elif ws and type(layer).__name__ == "Conv2d" and _width(follower) == layer.out_channels:
+        like = next(iter(_floats(layer)), like)
+        if _width(layer) or "running_mean" in layer._buffers:
+            _check_norm(layer, names[layer])
+            swaps[layer] = _new_norm(layer, base, like)
+        elif ws and _is_plain_conv(layer) and _width(follower) == layer.out_channels:
+            _check_conv(layer, names[layer])
             try:
                 swaps[layer] = _new_conv(WSConv2d, layer)
             except ValueError as error:
                 raise UsageError(f"{names[layer]}: {error}") from error
         elif not ws and isinstance(layer, WSConv2d):
+            _check_conv(layer, names[layer])
             swaps[layer] = _new_conv(nn.Conv2d, layer)
             swaps[layer].weight = nn.Parameter(
                 layer.standardized_weight().detach(), layer.weight.requires_grad
@@ -336,6 +344,10 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
             f"convert_norm found no BatchNorm, GroupNorm or InstanceNorm in "
             f"{type(module).__name__} to convert to {name!r}"
         )
+    plain = [names[m] for m in layers if ws and isinstance(m, nn.Conv2d) and m not in swaps]
+    plain = [name for name in plain if not isinstance(module.get_submodule(name), WSConv2d)]
+    if plain:
+        _LOGGER.info("convert_norm: weights that are not standardized: %s", ", ".join(plain))
     for parent in list(module.modules()):
         for key, child in parent._modules.items():
             if child in swaps:
@@ -355,6 +367,59 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _layers(child)
 
 
+def _floats(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Its parameters and buffers of real numbers."""
+    return (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+
+
+def _is_plain_conv(layer: nn.Module) -> bool:
+    kind = type(layer)
+    if parametrize.is_parametrized(layer):  # its class is that of its copies
+        kind = kind.__base__
+    return kind.__name__ == "Conv2d"
+
+
+def _check_norm(layer: nn.Module, name: str) -> None:
+    """Refuse a norm that is none of those that are known."""
+    kind = type(layer)
+    if not _width(layer):
+        raise UsageError(
+            f"convert_norm cannot convert {name}, a {kind.__name__}: it knows those of torch, "
+            "torchvision, timm and mmbcn. Build the model with nn.BatchNorm2d; of lazy layers, run "
+            "it once before"
+        )
+    forwards = {cls.forward for cls in (*_KNOWN, *(cls for _, cls in _NORMS.values()))}
+    known = kind.forward in forwards or kind.__name__ in _FROZEN
+    known |= f"{kind.__module__}.{kind.__qualname__}" in _TIMM
+    known |= hasattr(layer, "act") and hasattr(layer, "drop")  # which go along
+    if not known or "forward" in vars(layer):
+        raise UsageError(
+            f"convert_norm would lose what {name}, a {kind.__name__}, does in its own forward. If "
+            "that is what nn.BatchNorm2d does, build the model with nn.BatchNorm2d; else exclude "
+            "the layer: convert the parts around it"
+        )
+    _check_hooks(layer, name)
+
+
+def _check_conv(layer: nn.Module, name: str) -> None:
+    """Refuse a convolution of which the new one would lose something."""
+    if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
+        raise UsageError(
+            f"convert_norm cannot switch the standardization of {name}: it computes its weight "
+            "from others (weight or spectral normalization). Store the weight before, by "
+            "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm"
+        )
+    _check_hooks(layer, name)
+
+
+def _check_hooks(layer: nn.Module, name: str) -> None:
+    if has_hooks(layer):
+        raise UsageError(
+            f"{name} has forward hooks, which convert_norm would lose: register them on the new "
+            "layer, after it"
+        )
+
+
 def _width(layer: nn.Module | None) -> int:
     """Channels of a norm that can be converted; 0 for everything else."""
     if isinstance(layer, (_NormBase, FrozenBN, NoNorm)):
@@ -366,7 +431,7 @@ def _width(layer: nn.Module | None) -> int:
     return 0
 
 
-def _new_norm(old: nn.Module, base: str) -> nn.Module:
+def _new_norm(old: nn.Module, base: str, like: torch.Tensor | None) -> nn.Module:
     cfg, cls = _NORMS[base]
     options = {k: v for k, v in cfg.items() if k != "type"}
     if cls is nn.BatchNorm2d and type(old) in (nn.BatchNorm1d, nn.BatchNorm3d):
@@ -375,7 +440,7 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
         options["momentum"] = old.momentum
     if isinstance(old, BatchChannelNorm) and issubclass(cls, BatchChannelNorm):
         options["num_groups"] = old.num_groups
-    new = cls(_width(old), eps=old.eps, **options)
+    new = cls(_width(old), eps=eps_of(old), **options)
     inner = isinstance(old, BatchChannelNorm) and not isinstance(new, BatchChannelNorm)
     state = (old.bn if inner else old).state_dict()
     if not isinstance(new, BatchChannelNorm):
@@ -389,19 +454,13 @@ def _new_norm(old: nn.Module, base: str) -> nn.Module:
     if isinstance(new, BatchChannelNorm) and not new.bn.weight.any():  # zero-init residual
         nn.init.ones_(new.bn.weight)
         nn.init.zeros_(new.weight)
-    tensors = [*old.parameters(), *(b for b in old.buffers() if b.is_floating_point())]
-    if tensors:
-        new.to(tensors[0].device, tensors[0].dtype)
+    if like is not None:
+        new.to(like.device, like.dtype)
     new.requires_grad_(all(p.requires_grad for p in old.parameters()))
     if hasattr(old, "act") and hasattr(old, "drop"):  # timm's norms that end in an activation
         new.drop, new.act = old.drop, old.act
         new.register_forward_hook(drop_and_activate)
     return new.train(old.training)
-
-
-def drop_and_activate(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-    """The hook of a converted norm that ends in an activation, as timm's do."""
-    return layer.act(layer.drop(output))
 
 
 def _new_conv(cls: type[nn.Conv2d], old: nn.Conv2d) -> nn.Conv2d:

@@ -485,6 +485,78 @@ def test_convert_torchvision_like_frozen_bn():
     torch.testing.assert_close(layer(x), (x - 0.5) / (3 + 1e-5) ** 0.5 * 2 + 1)
 
 
+@pytest.mark.parametrize("name", ["bn", "bcn", "gn", "none"])
+def test_convert_frozen_bn_that_has_its_eps_in_its_forward(name):
+    class FrozenBatchNorm2d(nn.Module):  # as DETR's
+        def __init__(self, channels):
+            super().__init__()
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(key, torch.ones(channels))
+
+    assert getattr(convert_norm(FrozenBatchNorm2d(4), name), "eps", 1e-5) == 1e-5
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn", "gn", "none"])
+def test_convert_norms_without_parameters_takes_the_dtype_of_the_layer_before(name):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1).double(), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1))
+    net = convert_norm(net, name)
+    assert {p.dtype for p in net[1].parameters()} == {torch.float64}
+    assert net[2].weight.dtype == torch.float32
+
+
+def test_convert_loses_nothing():
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    patched = nn.BatchNorm2d(4)
+    patched.forward = lambda x: x
+    hooked = nn.BatchNorm2d(4)
+    handle = hooked.register_forward_hook(lambda layer, x, y: y.abs())
+    conv = nn.Conv2d(4, 4, 1)
+    for layers, name, message in (
+        ([Doubling(4)], "bcn", "would lose what 1, a Doubling, does in its own forward"),
+        ([patched], "bcn", "would lose what 1, a BatchNorm2d, does in its own forward"),
+        ([hooked], "bcn", "1 has forward hooks"),
+        (
+            [nn.utils.weight_norm(copy.deepcopy(conv)), nn.BatchNorm2d(4)],
+            "bcn_ws",
+            "of 1: it computes",
+        ),
+        (
+            [nn.utils.parametrizations.spectral_norm(conv), nn.GroupNorm(2, 4)],
+            "gn_ws",
+            "of 1: it computes",
+        ),
+    ):
+        net = nn.Sequential(nn.BatchNorm2d(4), *layers)
+        with pytest.raises(UsageError, match=message):
+            convert_norm(net, name)
+        assert type(net[0]) is nn.BatchNorm2d
+        assert list(net)[1:] == layers
+    handle.remove()
+    assert type(convert_norm(nn.Sequential(hooked), "bcn")[0]) is mmbcn.BCN
+
+    class Renamed(nn.BatchNorm2d):  # inherits the forward
+        pass
+
+    assert type(convert_norm(nn.Sequential(Renamed(4)), "bcn")[0]) is mmbcn.BCN
+
+
+def test_convert_logs_the_convolutions_that_stay_plain(caplog):
+    """It goes by the order of definition: here both norms stand behind both convolutions."""
+    caplog.set_level("INFO", "mmbcn.norms")
+    parts = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)]
+    net = convert_norm(nn.Sequential(*parts), "bn_ws")
+    assert [type(layer) for layer in net[:2]] == [nn.Conv2d, mmbcn.WSConv2d]
+    assert [r.getMessage() for r in caplog.records] == [
+        "convert_norm: weights that are not standardized: 0"
+    ]
+    caplog.clear()
+    convert_norm(nn.Sequential(*convert_norm(nn.Sequential(*parts[1:]), "bn_ws")), "bcn_ws")
+    assert not caplog.records
+
+
 def test_convert_keeps_the_affine_free_norm_trainable():
     layer = convert_norm(nn.BatchNorm2d(4, affine=False), "bcn")
     assert layer.bn.weight.eq(1).all()

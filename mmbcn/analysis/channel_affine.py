@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbcn.layers import BatchChannelNorm
+from mmbcn.layers.foreign import eps_of
 
 
 def channel_affine(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
@@ -21,7 +22,7 @@ def channel_affine(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
 
     Shape: (C,), (C,) float64, float; () and () without an affine
     """
-    eps = float(getattr(layer, "eps", 1e-5))  # some FrozenBatchNorm2d have it in their forward
+    eps = float(eps_of(layer))
     if isinstance(layer, BatchChannelNorm):
         groups = (layer.num_groups, -1)
         weight, bias = layer.bn.weight.double().view(groups), layer.bn.bias.double().view(groups)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from mmbcn.layers import BCN, KN, AffineInstanceNorm, BatchChannelNorm, FrozenBN, NoNorm, WSConv2d
-from mmbcn.norms import drop_and_activate
+from mmbcn.layers.foreign import eps_of
 from mmbcn.ops import standardize_weight
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, float64
@@ -70,17 +70,6 @@ def has_output_affine(module: nn.Module) -> bool:
     return norm and module.weight is not None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks may change what comes in or out, other than a converted norm's activation."""
-    hooks = set(module._forward_hooks.values()) - {drop_and_activate}
-    return bool(hooks or module._forward_pre_hooks)
-
-
-def ends_in_activation(module: nn.Module) -> bool:
-    """Whether it is a converted norm with an activation behind."""
-    return drop_and_activate in module._forward_hooks.values()
-
-
 def batch_affine(norm: nn.Module) -> Affine | None:
     """What a norm, or the batch stage of a BCN, does to each channel in eval; None: it depends."""
     stage = norm.bn if isinstance(norm, BatchChannelNorm) else norm
@@ -90,7 +79,7 @@ def batch_affine(norm: nn.Module) -> Affine | None:
     if stage.running_mean is None or (stage.training and isinstance(stage, _BatchNorm)):
         return None
     mean, var = _double(stage.running_mean), _double(stage.running_var)
-    scale = (var + stage.eps).rsqrt() * (1 if weight is None else weight)
+    scale = (var + eps_of(stage)).rsqrt() * (1 if weight is None else weight)
     return scale, (0 if bias is None else bias) - mean * scale
 
 

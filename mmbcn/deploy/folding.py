@@ -22,9 +22,19 @@ from mmbcn.deploy.flow import Flow
 from mmbcn.deploy.report import FoldReport
 from mmbcn.errors import UsageError
 from mmbcn.layers import KN
+from mmbcn.layers.foreign import ends_in_activation, has_hooks
 from mmbcn.layers.one_run import blank_image, run_all
 
 _LOGGER = logging.getLogger(__name__)
+_TINY = torch.finfo(torch.float64).tiny
+_UNFIT = (
+    "fold runs the model once, and it does not run on the image or inputs ({}): give others, "
+    "inputs="
+)
+_BROKEN = (
+    "the model does not run when it is folded ({}): does its code use attributes of its norms or "
+    "convolutions?"
+)
 
 
 def fold(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
@@ -57,10 +67,14 @@ def fold(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) -> nn
         raise TypeError(f"fold expects a model, an nn.Module, got {type(model)}")
     arguments = _arguments(model, inputs)
     folder = _Folder(deepcopy(model).eval())
-    expected = folder.watch(arguments)
+    expected = _floats(folder.watch(arguments))
+    if any(value.isnan().any() for value in expected):
+        raise UsageError(
+            "the model gives NaN on the image or inputs: give others, inputs=, or mend its weights "
+            "(tools/checkpoints/inspect.py names those that are not finite)"
+        )
     folded = folder.fold()
-    expected = _floats(expected)
-    difference = _difference(_floats(_run(folded, arguments)), expected)
+    difference = _difference(_floats(_run(folded, arguments, _BROKEN)), expected)
     bound = 3 * max((torch.finfo(t.dtype).eps for t in expected), default=0) ** 0.5
     if not difference <= bound:
         raise UsageError(
@@ -86,15 +100,12 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
     return (torch.randn(image.shape, generator=generator).to(image),)
 
 
-def _run(model: nn.Module, arguments: tuple[Any, ...]) -> list[Any]:
+def _run(model: nn.Module, arguments: tuple[Any, ...], message: str) -> list[Any]:
     try:
         with evaluating(model):
             return run_all(model, *tree_map_only(Tensor, Tensor.clone, arguments))
-    except Exception as error:  # whatever a model may raise on an input that is not its kind
-        raise UsageError(
-            f"fold runs the model once, and it does not run on the image or inputs "
-            f"({type(error).__name__}: {error}): give others, inputs="
-        ) from error
+    except Exception as error:  # whatever a model may raise
+        raise UsageError(message.format(f"{type(error).__name__}: {error}")) from error
 
 
 def _floats(outputs: Any) -> list[Tensor]:
@@ -107,9 +118,11 @@ def _difference(values: list[Tensor], expected: list[Tensor]) -> float:
     if [v.shape for v in values] != [e.shape for e in expected]:
         return float("inf")
     pairs = [(v.double(), e.double()) for v, e in zip(values, expected, strict=True) if e.numel()]
-    scales = (e.abs().max().clamp(min=torch.finfo(e.dtype).tiny) for _, e in pairs)
-    errors = ((v - e).abs().max() for v, e in pairs)
-    return max((float(e / s) for e, s in zip(errors, scales, strict=True)), default=0.0)
+    shares = [torch.zeros((), dtype=torch.float64)]
+    for value, known in pairs:
+        scale = known.abs().where(known.isfinite(), 0.0).max().clamp(min=_TINY)
+        shares.append(((value - known).abs().where(value != known, 0.0).max() / scale).cpu())
+    return float(torch.stack(shares).max())  # NaN where one is, unlike Python's
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -128,7 +141,7 @@ class _Folder:
         self._model = model
         self._names = {m: name or type(m).__name__ for name, m in model.named_modules()}
         layers = list(dict.fromkeys(_layers(model)))
-        self._layers = [layer for layer in layers if not affine.has_hooks(layer)]
+        self._layers = [layer for layer in layers if not has_hooks(layer)]
         self._flow = Flow(self._layers)
         self._now: dict[nn.Module, nn.Module] = {}  # what stands in for a layer
         self._ends: dict[nn.Module, list[nn.Module]] = {}  # whose affines its output comes from
@@ -137,7 +150,7 @@ class _Folder:
         self._left: dict[nn.Module, str] = {}
         self._standardized: list[str] = []
         for norm in filter(affine.is_norm, layers):
-            self._left[norm] = "has hooks" if affine.has_hooks(norm) else "did not run"
+            self._left[norm] = "has hooks" if has_hooks(norm) else "did not run"
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module not in layers and not self._inner(module):
                 self._left[module] = f"is a {type(module).__name__}, which folding does not know"
@@ -148,7 +161,7 @@ class _Folder:
     def watch(self, arguments: tuple[Any, ...]) -> list[Any]:
         """Run the model, and find what is joined to what."""
         with self._flow:
-            outputs = _run(self._model, arguments)
+            outputs = _run(self._model, arguments, _UNFIT)
             self._flow.finish()
         return outputs
 
@@ -178,7 +191,7 @@ class _Folder:
 
     def _fold_back(self, norm: nn.Module) -> None:
         reason = self._why_not(norm)
-        two_stages, closed = affine.is_batch_channel_norm(norm), affine.ends_in_activation(norm)
+        two_stages, closed = affine.is_batch_channel_norm(norm), ends_in_activation(norm)
         if reason:
             self._left[norm] = reason
             if not two_stages and not closed:

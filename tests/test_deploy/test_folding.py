@@ -338,6 +338,56 @@ def test_hidden_reference_to_a_norm_is_noticed():
         mmbcn.deploy.fold(scattered(Hidden()))
 
 
+class Two(nn.Module):
+    """Two outputs, the second of which ``last`` makes."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), last
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return x, self.last(self, x)
+
+
+def test_difference_of_any_output_is_noticed():
+    def last(model, x):  # NaN where the norm is gone
+        return x * (1.0 if isinstance(model.norm, nn.BatchNorm2d) else float("nan"))
+
+    with pytest.raises(UsageError, match="outputs differ by nan"):
+        mmbcn.deploy.fold(scattered(Two(last)))
+    mmbcn.deploy.fold(scattered(Two(lambda model, x: x.where(x > 0, -torch.inf))))
+
+
+def test_broken_weights_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].running_mean[2] = torch.nan
+    with pytest.raises(UsageError, match=r"gives NaN on the image or inputs: .*weights"):
+        mmbcn.deploy.fold(model)
+
+
+def test_model_that_uses_an_attribute_of_a_norm_that_is_gone():
+    with pytest.raises(
+        UsageError, match=r"not run when it is folded \(AttributeError: .*attributes"
+    ):
+        mmbcn.deploy.fold(scattered(Two(lambda model, x: x / model.norm.num_features)))
+
+
+def test_frozen_batch_norm_without_eps():
+    class FrozenBatchNorm2d(nn.Module):  # as DETR's
+        def __init__(self, channels):
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.ones(channels))
+
+        def forward(self, x):
+            args = self.running_mean, self.running_var, self.weight, self.bias
+            return F.batch_norm(x, *args, eps=1e-5)
+
+    folded = check(nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4)))
+    assert folded.fold_report.folded == {"1": "0"}
+
+
 @pytest.mark.parametrize("norm", mmbcn.norm_names())
 def test_deeplabv3_with_every_norm(norm):
     pytest.importorskip("mmseg")
