@@ -102,7 +102,9 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
 
 def _run(model: nn.Module, arguments: tuple[Any, ...], message: str) -> list[Any]:
     try:
-        with evaluating(model):
+        # an autocast around would give the dtypes of its operations for those of the model
+        cuda, cpu = (torch.autocast(kind, enabled=False) for kind in ("cuda", "cpu"))
+        with cuda, cpu, evaluating(model):
             return run_all(model, *tree_map_only(Tensor, Tensor.clone, arguments))
     except Exception as error:  # whatever a model may raise
         raise UsageError(message.format(f"{type(error).__name__}: {error}")) from error

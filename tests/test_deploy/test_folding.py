@@ -299,6 +299,13 @@ def test_half_precision_keeps_its_dtype(dtype, norm):
     assert (folded(x) - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+def test_autocast_around_leaves_the_dtypes():
+    model = scattered(nn.Sequential(nn.Conv2d(3, 6, 3), mmbcn.BCN(6, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = mmbcn.deploy.fold(model)
+    assert {p.dtype for p in folded.parameters()} == {torch.float32}
+
+
 def test_the_model_may_be_a_layer():
     assert type(check(mmbcn.WSConv2d(3, 4, 3))) is nn.Conv2d
     assert isinstance(check(nn.BatchNorm2d(3), inputs=torch.randn(2, 3, 4, 4).double()), nn.Module)
