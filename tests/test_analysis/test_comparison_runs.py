@@ -38,8 +38,11 @@ def compare(tmp_path, monkeypatch):
         with quick_configs():
             prepare(CFG, "config.py", rules, runs, tmp_path / "out", f"compare {norms}")
         missing = [r for r in runs if not Place(tmp_path / "out", r).is_finished(retry_failed)]
-        executor = Executor(tmp_path / "out", jobs, lambda *args: watch(executor, *args))
-        return {run.norm: result for run, result in executor.run_all(missing)}
+        executor = Executor(tmp_path / "out", jobs)
+        ended = executor.run_all(missing, lambda *args: watch(executor, *args))
+        results = {one.norm: result for one, result in ended}
+        run.busy = {one.norm for one in executor.busy}
+        return results
 
     run.place = lambda norm: Place(
         tmp_path / "out", make_plan(CFG, Rules([norm], [2], 1, iters=6))[0]
@@ -95,6 +98,7 @@ def test_loss_that_is_not_finite_is_divergence(compare):
 
 def test_killed_run_goes_on(compare):
     assert compare("bn,bcn", told={BCN: "killed"})["bcn"] is None
+    assert not compare.busy
     assert not compare.place("bcn").result.is_file()
     found = compare("bn,bcn")
     assert list(found) == ["bcn"]
@@ -129,6 +133,7 @@ def test_run_of_another_process_is_left_alone(compare):
     with (place.work / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert compare("bn") == dict(bn=None)
+        assert compare.busy == {"bn"}
     assert compare("bn")["bn"]["status"] == "done"
 
 
@@ -154,7 +159,7 @@ def test_jobs_run_at_a_time(compare):
 
 def test_no_job_is_a_mistake(tmp_path):
     with pytest.raises(UsageError, match="--jobs must be 1 or more, got 0"):
-        Executor(tmp_path, 0, lambda *_: None)
+        Executor(tmp_path, 0)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"run": {}, "status": "done"}'])

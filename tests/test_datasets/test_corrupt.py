@@ -92,5 +92,7 @@ def test_mistakes_say_what_to_do():
         Corrupt("rain", 1)
     with pytest.raises(UsageError, match="severity must be one of"):
         Corrupt("fog", 6)
+    with pytest.raises(UsageError, match="severity must be one of"):
+        Corrupt("fog", 1.0)
     with pytest.raises(UsageError, match="H and W of 32 and more, got uint8 \\(31, 40, 3\\)"):
         run("fog", 1, image=np.zeros((31, 40, 3), np.uint8))

@@ -25,7 +25,6 @@ from mmbcn.analysis.comparison.folder import Place, prepare
 from mmbcn.analysis.comparison.plan import EQUAL, LR_RULES, Rules, Run, make_plan, split_list
 from mmbcn.analysis.comparison.report import write_report
 from mmbcn.analysis.comparison.result import Result
-from mmbcn.errors import UsageError
 
 NORMS = "bn,gn,gn_ws,bcn,bcn_ws,microbcn,microbcn_ws"
 
@@ -88,17 +87,15 @@ def train(args: argparse.Namespace, out: Path) -> list[Run]:
     keys = ("norms", "batch_sizes", "seeds", "iters", "equal", "lr_rule", "lrs")
     rules = Rules(**{key: getattr(args, key) for key in keys})
     runs = make_plan(cfg, rules)
-    if args.jobs < 1:  # before anything is written
-        raise UsageError(f"--jobs must be 1 or more, got {args.jobs}")
+    executor = Executor(out, args.jobs)
     prepare(cfg, args.config, rules, runs, out, f"python {shlex.join(sys.argv)}")
     missing = [r for r in runs if not Place(out, r).is_finished(args.retry_failed)]
     bar = RunBar(runs, missing)
-    executor = Executor(out, args.jobs, bar.update)
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C
     interrupted = []
     with bar.bar:
-        for ended, result in executor.run_all(missing):
-            bar.finish(ended, result)
+        for ended, result in executor.run_all(missing, bar.update):
+            bar.finish(ended, result, ended in executor.busy)
             if result is None:
                 interrupted.append(ended)
     return interrupted
@@ -143,12 +140,16 @@ class RunBar:
         self.bar.advance(self.all, max(0, iters - self.seen[run]) * run.batch_size)
         self.seen[run] = max(iters, self.seen[run])
 
-    def finish(self, run: Run, result: Result | None) -> None:
-        """Say what came of a run."""
+    def finish(self, run: Run, result: Result | None, busy: bool) -> None:
+        """Say what came of a run; ``busy``: another process is at it."""
         if run in self.tasks:
             self.bar.remove_task(self.tasks.pop(run))
         if result is None:
-            self.console.print(f"{run.name}: interrupted, or another process is at it")
+            text = "interrupted"
+            if busy:
+                text = "another process is at it: another comparison, or a training that one which "
+                text += "was killed has left. Wait for it, or end it"
+            self.console.print(f"{run.name}: {text}", highlight=False, soft_wrap=True)
             return
         self.bar.advance(self.all, (run.iters - self.seen.pop(run, 0)) * run.batch_size)
         self.left -= 1

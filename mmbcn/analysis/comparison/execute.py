@@ -39,20 +39,31 @@ class Executor:
     Args:
         out: the comparison's folder.
         jobs: runs at a time; the cores (or ``OMP_NUM_THREADS``) are divided among them.
-        progress: called with a run, what it does, and the iterations done.
+
+    Attributes:
+        busy: runs that were left alone: another process is at them.
     """
 
-    def __init__(self, out: Path, jobs: int, progress: Progress) -> None:
+    def __init__(self, out: Path, jobs: int) -> None:
         if jobs < 1:
             raise UsageError(f"--jobs must be 1 or more, got {jobs}")
-        self.out, self.jobs, self.progress = out, jobs, progress
+        self.out, self.jobs = out, jobs
+        self.busy: set[Run] = set()
         self.stop, self.writing = Event(), Lock()
         cores = int(os.environ.get("OMP_NUM_THREADS") or num_cores())
         self.threads = max(1, cores // jobs)
         self.facts = {**environment(get_device()), **mm_versions(), "threads": self.threads}
 
-    def run_all(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Result | None]]:
-        """Yield each run when it has ended, with its result; None: interrupted, or not ours."""
+    def run_all(
+        self, runs: Sequence[Run], progress: Progress
+    ) -> Iterator[tuple[Run, Result | None]]:
+        """Yield each run when it has ended, with its result; None: interrupted, or `busy`.
+
+        Args:
+            runs: those to train and test.
+            progress: called with a run, what it does, and the iterations done.
+        """
+        self.progress = progress
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self._run, run): run for run in runs}
             try:
@@ -66,6 +77,8 @@ class Executor:
         place = Place(self.out, run)
         place.work.mkdir(parents=True, exist_ok=True)
         with _lock(place.work / "lock") as lock:
+            if lock is None:
+                self.busy.add(run)
             if lock is None or self.stop.is_set():
                 return None
             try:

@@ -53,7 +53,7 @@ class Corrupt(BaseTransform):
         known = [n for group in CORRUPTIONS.values() for n in group]
         if name not in known:
             raise UsageError(f"unknown corruption {name!r}; known: {', '.join(known)}")
-        if severity not in SEVERITIES:
+        if not isinstance(severity, int) or severity not in SEVERITIES:
             raise UsageError(f"severity must be one of {SEVERITIES}, got {severity!r}")
         self.name, self.severity, self.seed = name, severity, seed
         self._corrupt = _library()
