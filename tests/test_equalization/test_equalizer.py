@@ -245,6 +245,16 @@ class Odd(nn.Module):
             "shuffle": lambda: (
                 F.relu(self.two(x)).unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
             ),
+            "pad": lambda: F.pad(F.relu(self.two(x)), (1, 1)),
+            "reflect": lambda: F.pad(F.relu(self.two(x)), (1, 1, 1, 1), mode="reflect"),
+            "pad of ones": lambda: F.pad(F.relu(self.two(x)), (1, 1), value=1),
+            "shift": lambda: F.pad(F.relu(self.two(x)), (0, 0, 0, 0, 1, -1)),
+            "pool over channels": lambda: F.avg_pool2d(
+                F.relu(self.two(x)).flatten(2), (3, 1), 1, (1, 0)
+            ).unflatten(2, (8, 8)),
+            "integers": lambda: self.two(x).int().double(),
+            "integer sum": lambda: self.two(x).sum(3, True, dtype=torch.int64).double(),
+            "bits": lambda: self.two(x).view(torch.int64).double(),
             "in place": lambda: self._half_in_place(F.relu(self.two(x))),
             "returned": lambda: F.relu(self.two(x)),
             "frozen": lambda: F.relu(self.two(x)),
@@ -268,6 +278,9 @@ FREE = {
     **dict.fromkeys(["standardized", "norm of weight", "frozen", "tied"], 0),
     **dict.fromkeys(["sigmoid", "gate", "constant", "square", "channel mean", "shuffle"], 4),
     **dict.fromkeys(["twice", "returned"], 4),
+    **dict.fromkeys(["pad of ones", "shift", "pool over channels"], 4),
+    **dict.fromkeys(["integers", "integer sum", "bits"], 4),
+    **dict.fromkeys(["pad", "reflect"], 8),
     "in place": 6,
     "checkpoint": 8,
 }
