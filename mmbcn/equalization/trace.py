@@ -72,13 +72,16 @@ class Trace(TorchDispatchMode):
             self._inside.append(title)
             self._norms_inside += norm
 
-        def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._norms_inside -= norm
             if norm and not self._norms_inside:
-                self._normalized(inputs, output)
+                self._normalized((*args, *kwargs.values()), output)
             self._inside.pop()
 
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        return [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, with_kwargs=True),
+        ]
 
     def __torch_dispatch__(
         self,

@@ -204,6 +204,27 @@ class Functional(nn.Module):
         return self.two(F.relu(F.group_norm(self.one(x), 2)))
 
 
+class Keyword(nn.Sequential):
+    """Calls its layers by keyword."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+def test_norms_called_by_keyword_are_found():
+    model = Keyword(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 2)).double()
+    with pytest.raises(UsageError, match=r"1 of them: 1 \(BatchNorm2d\)"):
+        equalize(model, X)
+    model[1].bias.data += 1
+    plain = copy.deepcopy(nn.Sequential(model[0], model[2], model[3]))
+    equalizer(model, ignore_norms=True).cycle()
+    equalizer(plain).cycle()
+    for i, j in ((0, 0), (3, 2)):
+        torch.testing.assert_close(model[i].weight, plain[j].weight)
+
+
 def test_ignored_norms_are_as_if_not_there():
     plain = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 5), nn.ReLU(), conv(5, 2)).double()
     normed = nn.Sequential(
