@@ -64,13 +64,14 @@ class Equalizer:
 
     Args:
         model: the network; frozen weights are left alone.
-        run: runs it on some input, and returns its outputs.
+        run: runs all its layers on some input, and returns its outputs.
         c: R / L to be reached; slightly above 1, later layers are made smaller.
         ignore_norms: balance through normalization layers as if they were not there, as the
             authors' code does. The function is *not* kept.
 
     Raises:
-        UsageError: normalization layers are in the way, or there is nothing to balance.
+        UsageError: normalization layers are in the way, parameters are not used, or there is
+            nothing to balance.
     """
 
     def __init__(
@@ -89,6 +90,12 @@ class Equalizer:
                 f"normalization layers are in the way of equalization, {len(trace.norms)} of them: "
                 f"{_cut(trace.norms)}. Train without (norm 'none'), or let ENormHook ignore them "
                 "(ignore_norms=True), which changes the function at every step"
+            )
+        if trace.idle:
+            raise UsageError(
+                f"parameters are not used in eval, {len(trace.idle)} of them: "
+                f"{_cut(trace.idle)}. Their layers may read what equalization scales: run these "
+                "too, or take them out of the model"
             )
         names = {parameter: name for name, parameter in model.named_parameters()}
         layers = {**trace.rules.layers, **trace.rules.biases}
@@ -209,15 +216,16 @@ def equalize(model: nn.Module, inputs: Tensor | tuple[Any, ...], c: float = 1.0)
     are those of the smallest sum of squares, whichever one starts from.
 
     Args:
-        model: any PyTorch model without normalization layers, changed in place.
-        inputs: an input, or several, to run it on once.
+        model: a PyTorch model without normalization layers, changed in place.
+        inputs: an input, or several, to run it on once, in eval mode; all its layers have to run.
         c: see `Equalizer`.
 
     Returns:
         The sums of squares before and after.
 
     Raises:
-        UsageError: normalization layers are in the way, or there is nothing to equalize.
+        UsageError: normalization layers are in the way, parameters are not used, or there is
+            nothing to equalize.
 
     Reference: Stock et al. 2019, https://arxiv.org/abs/1902.10416
     """

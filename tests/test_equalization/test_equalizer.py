@@ -204,6 +204,37 @@ class Functional(nn.Module):
         return self.two(F.relu(F.group_norm(self.one(x), 2)))
 
 
+class Idle(nn.Module):
+    """Layers that only training runs: a head on the hidden layer, and a lone parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv(3, 4), conv(4, 2)
+        self.head = nn.Sequential(nn.BatchNorm2d(4), conv(4, 2))
+        self.gate = nn.Sequential(nn.Sigmoid())
+        self.gate.shift = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        if self.training:
+            return self.two(x), self.head(x), self.gate(x + self.gate.shift)
+        return self.two(x)
+
+
+def test_parameters_that_do_not_run_are_refused_by_name():
+    model = build(Idle)
+    before = copy.deepcopy(model.state_dict())
+    idle = r"not used in eval, 5 of them: head\.0\.weight, head\.0\.bias, .*, gate\.shift\."
+    for options in ({}, dict(ignore_norms=True)):
+        with pytest.raises(UsageError, match=idle):
+            equalizer(model, **options)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model.head = model.gate = None
+    expected = model(X)
+    assert equalizer(model).balanced == 4
+    torch.testing.assert_close(model(X), expected)
+
+
 class Keyword(nn.Sequential):
     """Calls its layers by keyword."""
 
@@ -260,7 +291,9 @@ class Odd(nn.Module):
             "constant": lambda: F.relu(self.two(x) + 1),
             "square": lambda: self.two(x) * self.two(x),
             "twice": lambda: F.relu(self.two(F.relu(self.two(x)))),
-            "standardized": lambda: F.relu(F.conv2d(x, self.two.weight / self.two.weight.std())),
+            "standardized": lambda: F.relu(
+                F.conv2d(x, self.two.weight / self.two.weight.std(), self.two.bias)
+            ),
             "norm of weight": lambda: F.relu(self.two(x) / self.two.weight.norm()),
             "channel mean": lambda: F.relu(self.two(x)).mean(1, keepdim=True).expand(-1, 4, -1, -1),
             "shuffle": lambda: (
