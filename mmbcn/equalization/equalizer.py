@@ -139,7 +139,7 @@ class Equalizer:
         squared gradients by 1/D^2.
 
         Raises:
-            UsageError: the optimizer is none of those whose state is known.
+            UsageError: the optimizer is none of those whose state is known; nothing has changed.
         """
         self._apply(self._scales(self._squares()), optimizer)
 
@@ -203,9 +203,11 @@ class Equalizer:
         return outs.view(groups, -1, 1) / ins.view(groups, 1, -1)
 
     def _apply(self, scales: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        # all are collected first: an unknown memory stops before any weight has changed
+        tensors = {n: [*_with_state(x.weight, optimizer)] for n, x in self._layers.items()}
         for name, layer in self._layers.items():
             factor = self._factor(name, scales)[..., None]
-            for tensor, power in _with_state(layer.weight, optimizer):
+            for tensor, power in tensors[name]:
                 layer.grouped(tensor).mul_(factor.pow(power).to(tensor.dtype))
 
 

@@ -182,8 +182,12 @@ def test_unknown_memory_is_refused():
     model = build(Joins)
     optimizer = torch.optim.Adadelta(model.parameters())
     train(model, optimizer)
+    optimizer.state[model.stem.weight].clear()  # as if it had been added later
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     with pytest.raises(UsageError, match="Adadelta's 'square_avg'"):
         equalizer(model).cycle(optimizer)
+    after = model.state_dict(), optimizer.state_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)])
