@@ -106,7 +106,8 @@ class Equalizer:
             walls = f" In the way: {_cut(trace.walls)}." if trace.walls else ""
             raise UsageError(
                 "there is nothing to equalize: no two layers with trained weights are joined by "
-                f"ReLU, pooling and the like alone.{walls}"
+                "ReLU, pooling and the like alone, with their channels in dimension 1 (so linear "
+                f"layers need inputs of (N, F)).{walls}"
             )
 
     def _number_scales(self) -> int:
@@ -136,7 +137,8 @@ class Equalizer:
         """Balance once, and keep what the optimizer remembers in step.
 
         Gradients go with 1/D where weights go with D: momentum is multiplied by 1/D, averages of
-        squared gradients by 1/D^2.
+        squared gradients by 1/D^2. Where weight decay is added to gradients (SGD, Adam), they hold
+        a share of the weights, for which this is not exact.
 
         Raises:
             UsageError: the optimizer is none of those whose state is known; nothing has changed.
@@ -212,7 +214,7 @@ class Equalizer:
 
 
 def equalize(model: nn.Module, inputs: Tensor | tuple[Any, ...], c: float = 1.0) -> Equalization:
-    """Give the layers of a built model equal norms; what it computes stays the same.
+    """Give the layers of a built model equal norms; what it computes in eval stays the same.
 
     Among all the weights that differ by scales of channels between layers, the result (at c = 1)
     are those of the smallest sum of squares, whichever one starts from.

@@ -359,6 +359,16 @@ def test_other_joins_keep_the_function(what):
     assert balance.balanced == FREE[what]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_on_sequences_are_refused_with_a_reason(bias):
+    model = nn.Sequential(nn.Linear(8, 5, bias), nn.ReLU(), nn.Linear(5, 2, bias)).double()
+    with pytest.raises(
+        UsageError, match=r"inputs of \(N, F\)\)\. In the way: .*view in 0 \(Linear\)"
+    ):
+        equalize(model, X.flatten(2)[:, :, :8])
+    equalize(model, X[0, :, 0])
+
+
 def test_dead_channels_keep_their_scale():
     model = build(Chain)
     model[0].weight.data[1] = 0

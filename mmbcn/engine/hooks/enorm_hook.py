@@ -27,8 +27,8 @@ class ENormHook(Hook):
             authors' code does; the function then changes with each step.
 
     Raises:
-        UsageError: normalization layers are in the way, there is nothing to balance, or the
-            optimizer is another one.
+        UsageError: before training; normalization layers are in the way, parameters are not used,
+            there is nothing to balance, or the optimizer is another one.
 
     Reference: Stock et al. 2019, https://arxiv.org/abs/1902.10416
     """
