@@ -93,7 +93,7 @@ class Rules:
     def _handed_on(self, name: str, args: Any, kwargs: Any, out: Any) -> Any:
         """The scales of the output, a list of them for several; None: the operation is a wall."""
         value = next(iter(tree_leaves(out)), None)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or "out" in kwargs:
             return None
         if "2d" in name and args[0].dim() != 4:  # channels would be rows
             return None
@@ -226,6 +226,9 @@ class Rules:
         """The scales that a layer gives its outputs; None: its weight cannot be scaled."""
         parameter, is_turned = self._parameters.get(id(weight), (None, False))
         if parameter is None or is_turned != turned or not parameter.requires_grad:
+            return None
+        shape = weight.shape[::-1] if turned else weight.shape
+        if shape[:2] != parameter.shape[:2] and groups != parameter.numel():  # another form
             return None
         ins = self._of(x)
         layer = Layer(parameter, groups, transposed, ins, self.names.new(channels))

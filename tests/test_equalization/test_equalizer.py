@@ -283,6 +283,8 @@ class Odd(nn.Module):
         self.what = what
         if what == "frozen":
             self.two.weight.requires_grad_(False)
+        if what == "other form of weight":
+            self.two.bias = None
         if what == "tied":
             self.three = conv(4, 4)
             self.three.weight = self.two.weight
@@ -313,6 +315,10 @@ class Odd(nn.Module):
             "integers": lambda: self.two(x).int().double(),
             "integer sum": lambda: self.two(x).sum(3, True, dtype=torch.int64).double(),
             "bits": lambda: self.two(x).view(torch.int64).double(),
+            "other form of weight": lambda: torch.cat(
+                [F.conv2d(x.repeat(1, 2, 1, 1), self.two.weight.view(2, 8, 3, 3))] * 2, 1
+            ),
+            "out": lambda: torch.add(self.two(x), self.two(x), out=X.new_empty(2, 4, 8, 8)),
             "in place": lambda: self._half_in_place(F.relu(self.two(x))),
             "returned": lambda: F.relu(self.two(x)),
             "frozen": lambda: F.relu(self.two(x)),
@@ -339,6 +345,8 @@ FREE = {
     **dict.fromkeys(["pad of ones", "shift", "pool over channels"], 4),
     **dict.fromkeys(["integers", "integer sum", "bits"], 4),
     **dict.fromkeys(["pad", "reflect"], 8),
+    "other form of weight": 0,
+    "out": 4,
     "in place": 6,
     "checkpoint": 8,
 }
