@@ -8,7 +8,7 @@ one scale for all layers that an addition joins (residual streams), where the pa
 connections; the input of the last layer is balanced as well, which their code leaves out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,15 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mmbcn.analysis.borrowed import evaluating
+from mmbcn.equalization.memory import with_memory
 from mmbcn.equalization.scales import FIXED
 from mmbcn.equalization.trace import Trace
 from mmbcn.errors import UsageError
 
-# what optimizers keep for each weight -> the power of the weight that it goes with
-_STATE_POWERS = {
-    **dict.fromkeys(("momentum_buffer", "exp_avg"), -1),  # gradients
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq"), -2),  # squares of gradients
-}
 _SHOWN = 8
 
 
@@ -206,7 +202,7 @@ class Equalizer:
 
     def _apply(self, scales: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         # all are collected first: an unknown memory stops before any weight has changed
-        tensors = {n: [*_with_state(x.weight, optimizer)] for n, x in self._layers.items()}
+        tensors = {n: [*with_memory(x.weight, optimizer)] for n, x in self._layers.items()}
         for name, layer in self._layers.items():
             factor = self._factor(name, scales)[..., None]
             for tensor, power in tensors[name]:
@@ -235,23 +231,6 @@ def equalize(model: nn.Module, inputs: Tensor | tuple[Any, ...], c: float = 1.0)
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     return Equalizer(model, lambda: model(*arguments), c).converge()
-
-
-def _with_state(
-    parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None
-) -> Iterator[tuple[Tensor, int]]:
-    """A parameter and what the optimizer keeps for it, with the powers of the scale."""
-    yield parameter, 1
-    state = optimizer.state.get(parameter, {}) if optimizer else {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        if key not in _STATE_POWERS:
-            raise UsageError(
-                f"equalization does not know how {type(optimizer).__name__}'s {key!r} goes with "
-                "the scale of weights: use SGD, Adam or AdamW"
-            )
-        yield value, _STATE_POWERS[key]
 
 
 def _first(tensors: dict[str, Tensor]) -> Tensor:
