@@ -40,7 +40,7 @@ def equalize_checkpoint(
     Raises:
         UsageError: the checkpoint is of another model, cannot be equalized, or its outputs changed.
     """
-    model, state = load_segmentor(cfg, checkpoint, source)
+    model, state = load_segmentor(cfg, checkpoint, source, "cpu")  # GPUs may round to TF32
     if not any(key.startswith("auxiliary_head.") for key in state):
         model.auxiliary_head = None
     batch = _random_image(model)

@@ -1,13 +1,15 @@
 """Builds, loads and runs the segmentor of a config, to be measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import BaseDataElement
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmbcn.checkpoints.fit import fit_checkpoint
 
@@ -36,7 +38,7 @@ def load_segmentor(
     return model.to(device or get_device()), state
 
 
-def run_heads(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+def run_heads(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     """Run a segmentor on images, its auxiliary heads too, which tests leave out.
 
     Args:
@@ -45,13 +47,34 @@ def run_heads(model: nn.Module, batch: Mapping[str, Any]) -> Any:
             perhaps ``data_samples``.
 
     Returns:
-        The heads' outputs; where the decode head is none of mmseg's, the predictions.
+        The heads' outputs, of a cascade those of each stage; where a decode head is none of
+        mmseg's, the tensors of the predictions.
     """
     data = model.data_preprocessor(batch, False)
-    heads = [getattr(model, "decode_head", None)]
-    if not isinstance(heads[0], BaseDecodeHead):
-        return model(**data, mode="predict")
-    spare = getattr(model, "auxiliary_head", None)
-    heads += spare if isinstance(spare, nn.ModuleList) else [spare]
-    features = model.extract_feat(data["inputs"])
-    return [head(features) for head in heads if head is not None]
+    stages = _heads(getattr(model, "decode_head", None))
+    if not stages or not all(isinstance(head, BaseDecodeHead) for head in stages):
+        return list(_tensors(model(**data, mode="predict")))
+    images = data["inputs"]
+    features = model.extract_feat(images)
+    outputs = [stages[0](features)]
+    for head in stages[1:-1]:
+        outputs.append(head(features, outputs[-1]))
+    if len(stages) > 1:  # as mmseg does: PointHead can do no other
+        metas = [dict(img_shape=images.shape[2:])] * len(images)
+        outputs.append(stages[-1].predict(features, outputs[-1], metas, model.test_cfg))
+    outputs += [head(features) for head in _heads(getattr(model, "auxiliary_head", None))]
+    return list(_tensors(outputs))
+
+
+def _heads(head: nn.Module | None) -> list[nn.Module]:
+    if head is None:
+        return []
+    return [*head] if isinstance(head, nn.ModuleList) else [head]
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    for value in tree_leaves(outputs):
+        if isinstance(value, BaseDataElement):
+            yield from _tensors(value.values())
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            yield value

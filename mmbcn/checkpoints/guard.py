@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mmbcn.layers import BatchChannelNorm, FrozenBN
+from mmbcn.layers import BatchChannelNorm, FrozenBN, NoNorm
 
 _BATCH_NORM, _BATCH_CHANNEL, _PER_SAMPLE = "BatchNorm", "batch-channel norm", "GroupNorm"
+_NO_NORM = "NoNorm"
 _BATCH_STAGE = [f"{bn}.{k}" for bn in ("bn", "pbn") for k in ("weight", "bias", "running_mean")]
 # Types of the same function in eval, so that a checkpoint may pass from one to the other.
 _SAME = {
@@ -40,7 +41,8 @@ def state_mismatch(model: nn.Module, state: Mapping[str, Any]) -> tuple[str, str
         elif {f"{name}.running_mean", f"{name}.running_var"} & state.keys():
             found = _BATCH_NORM
         elif f"{name}.weight" in state:
-            found = _PER_SAMPLE
+            sizes = [state[k].numel() for k in (f"{name}.weight", f"{name}.bias") if k in state]
+            found = _PER_SAMPLE if sizes[0] > 1 else _NO_NORM if sizes[-1] > 1 else kind
         else:
             continue
         if found != kind:
@@ -51,7 +53,7 @@ def state_mismatch(model: nn.Module, state: Mapping[str, Any]) -> tuple[str, str
 def norm_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The norm layers with their paths; of a batch-channel norm, not its batch stage."""
     for name, child in module.named_children():
-        if isinstance(child, (_NormBase, nn.GroupNorm, FrozenBN)):
+        if isinstance(child, (_NormBase, nn.GroupNorm, FrozenBN, NoNorm)):
             yield prefix + name, child
         else:
             yield from norm_layers(child, f"{prefix}{name}.")
@@ -60,6 +62,8 @@ def norm_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
 def _kind(layer: nn.Module) -> str:
     if isinstance(layer, BatchChannelNorm):
         return _BATCH_CHANNEL
+    if isinstance(layer, NoNorm):
+        return _NO_NORM
     return _PER_SAMPLE if isinstance(layer, nn.GroupNorm) else _BATCH_NORM
 
 

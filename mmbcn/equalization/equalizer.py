@@ -8,7 +8,7 @@ one scale for all layers that an addition joins (residual streams), where the pa
 connections; the input of the last layer is balanced as well, which their code leaves out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,15 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mmbcn.analysis.borrowed import evaluating
+from mmbcn.equalization.memory import with_memory
 from mmbcn.equalization.scales import FIXED
 from mmbcn.equalization.trace import Trace
 from mmbcn.errors import UsageError
 
-# what optimizers keep for each weight -> the power of the weight that it goes with
-_STATE_POWERS = {
-    **dict.fromkeys(("momentum_buffer", "exp_avg"), -1),  # gradients
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq"), -2),  # squares of gradients
-}
 _SHOWN = 8
 
 
@@ -64,13 +60,14 @@ class Equalizer:
 
     Args:
         model: the network; frozen weights are left alone.
-        run: runs it on some input, and returns its outputs.
+        run: runs all its layers on some input, and returns its outputs.
         c: R / L to be reached; slightly above 1, later layers are made smaller.
         ignore_norms: balance through normalization layers as if they were not there, as the
             authors' code does. The function is *not* kept.
 
     Raises:
-        UsageError: normalization layers are in the way, or there is nothing to balance.
+        UsageError: normalization layers are in the way, parameters are not used, or there is
+            nothing to balance.
     """
 
     def __init__(
@@ -90,6 +87,12 @@ class Equalizer:
                 f"{_cut(trace.norms)}. Train without (norm 'none'), or let ENormHook ignore them "
                 "(ignore_norms=True), which changes the function at every step"
             )
+        if trace.idle:
+            raise UsageError(
+                f"parameters are not used in eval, {len(trace.idle)} of them: "
+                f"{_cut(trace.idle)}. Their layers may read what equalization scales: run these "
+                "too, or take them out of the model"
+            )
         names = {parameter: name for name, parameter in model.named_parameters()}
         layers = {**trace.rules.layers, **trace.rules.biases}
         self._layers = {names[p]: x for p, x in layers.items() if x.ins.any() or x.outs.any()}
@@ -99,7 +102,8 @@ class Equalizer:
             walls = f" In the way: {_cut(trace.walls)}." if trace.walls else ""
             raise UsageError(
                 "there is nothing to equalize: no two layers with trained weights are joined by "
-                f"ReLU, pooling and the like alone.{walls}"
+                "ReLU, pooling and the like alone, with their channels in dimension 1 (so linear "
+                f"layers need inputs of (N, F)).{walls}"
             )
 
     def _number_scales(self) -> int:
@@ -129,10 +133,11 @@ class Equalizer:
         """Balance once, and keep what the optimizer remembers in step.
 
         Gradients go with 1/D where weights go with D: momentum is multiplied by 1/D, averages of
-        squared gradients by 1/D^2.
+        squared gradients by 1/D^2. Where weight decay is added to gradients (SGD, Adam), they hold
+        a share of the weights, for which this is not exact.
 
         Raises:
-            UsageError: the optimizer is none of those whose state is known.
+            UsageError: the optimizer is none of those whose state is known; nothing has changed.
         """
         self._apply(self._scales(self._squares()), optimizer)
 
@@ -196,50 +201,36 @@ class Equalizer:
         return outs.view(groups, -1, 1) / ins.view(groups, 1, -1)
 
     def _apply(self, scales: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        # all are collected first: an unknown memory stops before any weight has changed
+        tensors = {n: [*with_memory(x.weight, optimizer)] for n, x in self._layers.items()}
         for name, layer in self._layers.items():
             factor = self._factor(name, scales)[..., None]
-            for tensor, power in _with_state(layer.weight, optimizer):
+            for tensor, power in tensors[name]:
                 layer.grouped(tensor).mul_(factor.pow(power).to(tensor.dtype))
 
 
 def equalize(model: nn.Module, inputs: Tensor | tuple[Any, ...], c: float = 1.0) -> Equalization:
-    """Give the layers of a built model equal norms; what it computes stays the same.
+    """Give the layers of a built model equal norms; what it computes in eval stays the same.
 
     Among all the weights that differ by scales of channels between layers, the result (at c = 1)
     are those of the smallest sum of squares, whichever one starts from.
 
     Args:
-        model: any PyTorch model without normalization layers, changed in place.
-        inputs: an input, or several, to run it on once.
+        model: a PyTorch model without normalization layers, changed in place.
+        inputs: an input, or several, to run it on once, in eval mode; all its layers have to run.
         c: see `Equalizer`.
 
     Returns:
         The sums of squares before and after.
 
     Raises:
-        UsageError: normalization layers are in the way, or there is nothing to equalize.
+        UsageError: normalization layers are in the way, parameters are not used, or there is
+            nothing to equalize.
 
     Reference: Stock et al. 2019, https://arxiv.org/abs/1902.10416
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     return Equalizer(model, lambda: model(*arguments), c).converge()
-
-
-def _with_state(
-    parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None
-) -> Iterator[tuple[Tensor, int]]:
-    """A parameter and what the optimizer keeps for it, with the powers of the scale."""
-    yield parameter, 1
-    state = optimizer.state.get(parameter, {}) if optimizer else {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        if key not in _STATE_POWERS:
-            raise UsageError(
-                f"equalization does not know how {type(optimizer).__name__}'s {key!r} goes with "
-                "the scale of weights: use SGD, Adam or AdamW"
-            )
-        yield value, _STATE_POWERS[key]
 
 
 def _first(tensors: dict[str, Tensor]) -> Tensor:

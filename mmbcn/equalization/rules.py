@@ -92,6 +92,11 @@ class Rules:
 
     def _handed_on(self, name: str, args: Any, kwargs: Any, out: Any) -> Any:
         """The scales of the output, a list of them for several; None: the operation is a wall."""
+        value = next(iter(tree_leaves(out)), None)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or "out" in kwargs:
+            return None
+        if "2d" in name and args[0].dim() != 4:  # channels would be rows
+            return None
         if name in _HOMOGENEOUS and isinstance(out, tuple):  # with indices, or a mask
             scales = self._kept(args[0], out[0])
             return None if scales is None else [scales, fixed(1)]
@@ -156,7 +161,9 @@ class Rules:
     def _constant_pad_nd_op(
         self, out: Tensor, x: Tensor, pad: Sequence[int], value: float = 0
     ) -> Scales | None:
-        return self._kept(x, out) if value == 0 else None
+        rest = x.dim() - 2  # dimensions behind the channels; the last is the first in pad
+        same = value == 0 and not any(pad[2 * rest : 2 * rest + 2])
+        return self._kept(x, out) if same else None
 
     def _over_dims_op(
         self, out: Tensor, x: Tensor, dim: Any = None, *args: Any, **kwargs: Any
@@ -165,6 +172,8 @@ class Rules:
         return self._kept(x, out) if all(d % x.dim() > 1 for d in dims) else None
 
     def _view_op(self, out: Tensor, x: Tensor, size: Any) -> Scales | None:
+        if out.dtype != x.dtype:  # other numbers of the same bits
+            return None
         if out.dim() == 2 and x.dim() > 2 and out.shape[0] == x.shape[0]:
             return np.repeat(self._of(x), x.shape[2:].numel())
         return self._kept(x, out)
@@ -217,6 +226,9 @@ class Rules:
         """The scales that a layer gives its outputs; None: its weight cannot be scaled."""
         parameter, is_turned = self._parameters.get(id(weight), (None, False))
         if parameter is None or is_turned != turned or not parameter.requires_grad:
+            return None
+        shape = weight.shape[::-1] if turned else weight.shape
+        if shape[:2] != parameter.shape[:2] and groups != parameter.numel():  # another form
             return None
         ins = self._of(x)
         layer = Layer(parameter, groups, transposed, ins, self.names.new(channels))

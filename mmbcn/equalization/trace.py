@@ -10,7 +10,7 @@ Seen are the elementary operations (``aten``) of a run, not modules: control flo
 and recomputation make no difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,7 @@ class Trace(TorchDispatchMode):
         rules: with the layers and biases found, and their scales.
         norms: normalization layers in the way of scales.
         walls: what else is in the way, with where it is.
+        idle: the names of parameters that nothing used.
     """
 
     def __init__(self, model: nn.Module, ignore_norms: bool) -> None:
@@ -43,11 +44,13 @@ class Trace(TorchDispatchMode):
         self.rules = Rules(model.parameters())
         self.norms: list[str] = []
         self.walls: list[str] = []
+        self.idle: list[str] = []
         self._model = model
         self._ignore_norms = ignore_norms
         self._alive: list[Any] = []  # so that no id is used twice
         self._inside: list[str] = []  # modules
         self._norms_inside = 0
+        self._unused = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def follow(self, run: Callable[[], Any]) -> None:
         """Run the network and record it; what ``run`` returns keeps its scale."""
@@ -64,21 +67,28 @@ class Trace(TorchDispatchMode):
         for output in tree_leaves(outputs):
             self.rules.fix(output)
         self.rules.finish()
+        self.idle = list(self._unused.values())
 
     def _watch(self, module: nn.Module, title: str) -> list[Any]:
         norm = isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d"
+        leaf = norm or not list(module.children())
 
         def enter(*_: Any) -> None:
             self._inside.append(title)
             self._norms_inside += norm
+            if leaf:  # kernels that are no operations of PyTorch take parameters unseen
+                self._use(module.parameters())
 
-        def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._norms_inside -= norm
             if norm and not self._norms_inside:
-                self._normalized(inputs, output)
+                self._normalized((*args, *kwargs.values()), output)
             self._inside.pop()
 
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        return [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, with_kwargs=True),
+        ]
 
     def __torch_dispatch__(
         self,
@@ -89,10 +99,15 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self._use(tree_leaves((args, kwargs)))
         if not self._norms_inside:
             self._alive.append((args, kwargs, out))
             self._record(func, args, kwargs, out)
         return out
+
+    def _use(self, values: Iterable[Any]) -> None:
+        for value in values:
+            self._unused.pop(id(value), None)
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::").removesuffix("_")

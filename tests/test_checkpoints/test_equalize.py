@@ -80,6 +80,47 @@ def test_tool_works_without_the_auxiliary_head(config, tool, save, tmp_path):
     assert written["state_dict"].keys() == state.keys()
 
 
+def cascade(cfg):
+    """Two stages, of which the second reads the first one's output, and an auxiliary head."""
+    head = dict(cfg.model.auxiliary_head, in_channels=64, in_index=3, concat_input=False)
+    cfg.model.update(type="CascadeEncoderDecoder", num_stages=2)
+    ocr = {k: v for k, v in head.items() if k not in ("num_convs", "concat_input")}
+    cfg.model["decode_head"] = [head, dict(ocr, type="OCRHead", ocr_channels=8)]
+    return cfg
+
+
+def test_tool_keeps_all_outputs_of_a_cascade(config, tool, save, tmp_path):
+    path, cfg = config
+    cascade(cfg)
+    path.write_text(f"default_scope = 'mmseg'\nmodel = {cfg.model.to_dict()!r}\n")
+    model = network(cfg)
+    code, text = tool("equalize", path, save(dict(state_dict=model.state_dict())))
+    assert code == 0, text
+    other = copy.deepcopy(model)
+    other.load_state_dict(torch.load(tmp_path / "checkpoint_equalized.pth")["state_dict"])
+    for part in ("backbone", "decode_head.0", "decode_head.1", "auxiliary_head"):
+        pairs = zip(*(m.get_submodule(part).parameters() for m in (model, other)), strict=True)
+        assert not all(torch.equal(p, q) for p, q in pairs), part
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+    def run(net):
+        with evaluating(net):
+            features = net.extract_feat(image)
+            first = net.decode_head[0](features)
+            return first, net.decode_head[1](features, first), net.auxiliary_head(features)
+
+    for one, two in zip(run(other), run(model), strict=True):
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max()
+
+
+def test_tool_computes_on_the_cpu(config, tool, save, monkeypatch):
+    """GPUs convolve in TF32, by default, and outputs would differ by more than is allowed."""
+    path, cfg = config
+    monkeypatch.setattr("mmbcn.analysis.segmentor.get_device", lambda: "meta")
+    code, text = tool("equalize", path, save(dict(state_dict=network(cfg).state_dict())))
+    assert code == 0, text
+
+
 def test_tool_refuses_norms_and_writes_nothing(config, tool, save, tmp_path):
     path, cfg = config
     set_norm(cfg.model, "bn")

@@ -15,10 +15,13 @@ from loading import (
     pretrained,
 )
 from mmengine.runner.checkpoint import CheckpointLoader
+from torch import nn
 
 from mmbcn.checkpoints.fit import fit_checkpoint
+from mmbcn.checkpoints.guard import state_mismatch
 from mmbcn.checkpoints.loader import load_options
 from mmbcn.errors import UsageError
+from mmbcn.layers import AutoGroupNorm, NoNorm
 
 ASK = r"--allow-partial \(allow_partial=True in a config\)"
 
@@ -112,6 +115,26 @@ def test_backbone_only_is_no_model_to_test(published, save, tmp_path):
     path = save(published("bn_18").state_dict())
     with pytest.raises(UsageError, match=r"a backbone only: start a training from it \(load_from"):
         load_from(model_cfg("bn"), path, tmp_path, testing=True)
+
+
+@pytest.mark.parametrize(("other", "name"), [("bn", "BatchNorm"), ("gn", "GroupNorm")])
+def test_no_norm_is_named_in_models_and_checkpoints(other, name, save, tmp_path):
+    states = {norm: initialized(model_cfg(norm)).state_dict() for norm in ("none", other)}
+    kinds = {"none": "NoNorm", other: name}
+    for ours, theirs in (("none", other), (other, "none")):
+        text = f"a {kinds[ours]} in the model and {kinds[theirs]} in the checkpoint"
+        with pytest.raises(UsageError, match=text):
+            load_from(model_cfg(ours), save(states[theirs]), tmp_path, testing=True)
+        with pytest.raises(UsageError, match=r"norm layers not matched \(.*--allow-partial"):
+            load_from(model_cfg(ours), save(states[theirs]), tmp_path)
+    load_from(model_cfg("none"), save(states["none"]), tmp_path, testing=True)
+
+
+def test_norms_of_one_channel_are_those_of_the_model():
+    """A single weight may be GroupNorm's or NoNorm's."""
+    for layer in (AutoGroupNorm(1), NoNorm(1)):
+        model = nn.Sequential(layer)
+        assert state_mismatch(model, model.state_dict()) is None
 
 
 def test_auxiliary_head_may_be_missing_in_a_test(save, tmp_path):

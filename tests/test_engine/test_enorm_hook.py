@@ -143,6 +143,14 @@ def test_steps_that_loss_scaling_skips_are_left_alone(tiny_config, cycles, fused
     hook.after_train(runner)
 
 
+def test_other_optimizers_are_refused_before_the_first_step(tiny_config, cycles):
+    optim = dict(optimizer=dict(_delete_=True, type="RMSprop", lr=0.01))
+    cfg = tiny_config("none", optim_wrapper=optim, custom_hooks=[HOOK])
+    with pytest.raises(UsageError, match=r"RMSprop.* use SGD, Adam or AdamW"):
+        trained(cfg)
+    assert not cycles
+
+
 def test_norms_are_refused_by_name(tiny_config):
     with pytest.raises(UsageError, match=r"backbone\.stem\.1 \(BatchNorm2d\), .*norm 'none'"):
         RUNNERS.build(tiny_config("bn", custom_hooks=[HOOK])).train()

@@ -182,8 +182,12 @@ def test_unknown_memory_is_refused():
     model = build(Joins)
     optimizer = torch.optim.Adadelta(model.parameters())
     train(model, optimizer)
+    optimizer.state[model.stem.weight].clear()  # as if it had been added later
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     with pytest.raises(UsageError, match="Adadelta's 'square_avg'"):
         equalizer(model).cycle(optimizer)
+    after = model.state_dict(), optimizer.state_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)])
@@ -202,6 +206,58 @@ class Functional(nn.Module):
 
     def forward(self, x):
         return self.two(F.relu(F.group_norm(self.one(x), 2)))
+
+
+class Idle(nn.Module):
+    """Layers that only training runs: a head on the hidden layer, and a lone parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv(3, 4), conv(4, 2)
+        self.head = nn.Sequential(nn.BatchNorm2d(4), conv(4, 2))
+        self.gate = nn.Sequential(nn.Sigmoid())
+        self.gate.shift = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        if self.training:
+            return self.two(x), self.head(x), self.gate(x + self.gate.shift)
+        return self.two(x)
+
+
+def test_parameters_that_do_not_run_are_refused_by_name():
+    model = build(Idle)
+    before = copy.deepcopy(model.state_dict())
+    idle = r"not used in eval, 5 of them: head\.0\.weight, head\.0\.bias, .*, gate\.shift\."
+    for options in ({}, dict(ignore_norms=True)):
+        with pytest.raises(UsageError, match=idle):
+            equalizer(model, **options)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model.head = model.gate = None
+    expected = model(X)
+    assert equalizer(model).balanced == 4
+    torch.testing.assert_close(model(X), expected)
+
+
+class Keyword(nn.Sequential):
+    """Calls its layers by keyword."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+def test_norms_called_by_keyword_are_found():
+    model = Keyword(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 2)).double()
+    with pytest.raises(UsageError, match=r"1 of them: 1 \(BatchNorm2d\)"):
+        equalize(model, X)
+    model[1].bias.data += 1
+    plain = copy.deepcopy(nn.Sequential(model[0], model[2], model[3]))
+    equalizer(model, ignore_norms=True).cycle()
+    equalizer(plain).cycle()
+    for i, j in ((0, 0), (3, 2)):
+        torch.testing.assert_close(model[i].weight, plain[j].weight)
 
 
 def test_ignored_norms_are_as_if_not_there():
@@ -227,6 +283,8 @@ class Odd(nn.Module):
         self.what = what
         if what == "frozen":
             self.two.weight.requires_grad_(False)
+        if what == "other form of weight":
+            self.two.bias = None
         if what == "tied":
             self.three = conv(4, 4)
             self.three.weight = self.two.weight
@@ -239,12 +297,28 @@ class Odd(nn.Module):
             "constant": lambda: F.relu(self.two(x) + 1),
             "square": lambda: self.two(x) * self.two(x),
             "twice": lambda: F.relu(self.two(F.relu(self.two(x)))),
-            "standardized": lambda: F.relu(F.conv2d(x, self.two.weight / self.two.weight.std())),
+            "standardized": lambda: F.relu(
+                F.conv2d(x, self.two.weight / self.two.weight.std(), self.two.bias)
+            ),
             "norm of weight": lambda: F.relu(self.two(x) / self.two.weight.norm()),
             "channel mean": lambda: F.relu(self.two(x)).mean(1, keepdim=True).expand(-1, 4, -1, -1),
             "shuffle": lambda: (
                 F.relu(self.two(x)).unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
             ),
+            "pad": lambda: F.pad(F.relu(self.two(x)), (1, 1)),
+            "reflect": lambda: F.pad(F.relu(self.two(x)), (1, 1, 1, 1), mode="reflect"),
+            "pad of ones": lambda: F.pad(F.relu(self.two(x)), (1, 1), value=1),
+            "shift": lambda: F.pad(F.relu(self.two(x)), (0, 0, 0, 0, 1, -1)),
+            "pool over channels": lambda: F.avg_pool2d(
+                F.relu(self.two(x)).flatten(2), (3, 1), 1, (1, 0)
+            ).unflatten(2, (8, 8)),
+            "integers": lambda: self.two(x).int().double(),
+            "integer sum": lambda: self.two(x).sum(3, True, dtype=torch.int64).double(),
+            "bits": lambda: self.two(x).view(torch.int64).double(),
+            "other form of weight": lambda: torch.cat(
+                [F.conv2d(x.repeat(1, 2, 1, 1), self.two.weight.view(2, 8, 3, 3))] * 2, 1
+            ),
+            "out": lambda: torch.add(self.two(x), self.two(x), out=X.new_empty(2, 4, 8, 8)),
             "in place": lambda: self._half_in_place(F.relu(self.two(x))),
             "returned": lambda: F.relu(self.two(x)),
             "frozen": lambda: F.relu(self.two(x)),
@@ -268,6 +342,11 @@ FREE = {
     **dict.fromkeys(["standardized", "norm of weight", "frozen", "tied"], 0),
     **dict.fromkeys(["sigmoid", "gate", "constant", "square", "channel mean", "shuffle"], 4),
     **dict.fromkeys(["twice", "returned"], 4),
+    **dict.fromkeys(["pad of ones", "shift", "pool over channels"], 4),
+    **dict.fromkeys(["integers", "integer sum", "bits"], 4),
+    **dict.fromkeys(["pad", "reflect"], 8),
+    "other form of weight": 0,
+    "out": 4,
     "in place": 6,
     "checkpoint": 8,
 }
@@ -286,6 +365,16 @@ def test_other_joins_keep_the_function(what):
         balance.converge()
         torch.testing.assert_close(model(X), expected, rtol=1e-9, atol=1e-12)
     assert balance.balanced == FREE[what]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_on_sequences_are_refused_with_a_reason(bias):
+    model = nn.Sequential(nn.Linear(8, 5, bias), nn.ReLU(), nn.Linear(5, 2, bias)).double()
+    with pytest.raises(
+        UsageError, match=r"inputs of \(N, F\)\)\. In the way: .*view in 0 \(Linear\)"
+    ):
+        equalize(model, X.flatten(2)[:, :, :8])
+    equalize(model, X[0, :, 0])
 
 
 def test_dead_channels_keep_their_scale():

@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mmbcn.analysis.equalize import segmentor_equalizer
 from mmbcn.errors import UsageError
@@ -27,8 +27,8 @@ class ENormHook(Hook):
             authors' code does; the function then changes with each step.
 
     Raises:
-        UsageError: normalization layers are in the way, there is nothing to balance, or the
-            optimizer is another one.
+        UsageError: before training; normalization layers are in the way, parameters are not used,
+            there is nothing to balance, or the optimizer is another one.
 
     Reference: Stock et al. 2019, https://arxiv.org/abs/1902.10416
     """
@@ -41,10 +41,15 @@ class ENormHook(Hook):
         """Trace the network, and follow its optimizer from now on."""
         if isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise UsageError("ENormHook follows one optimizer, and the config has several")
+        optimizer = runner.optim_wrapper.optimizer
+        if not isinstance(optimizer, (SGD, Adam, AdamW)):
+            raise UsageError(
+                f"ENormHook does not know how what {type(optimizer).__name__} remembers goes with "
+                "the scale of weights: use SGD, Adam or AdamW"
+            )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self._equalizer = segmentor_equalizer(model, self.c, self.ignore_norms)
         runner.logger.info(f"ENorm balances {self._equalizer.balanced} channels after each step")
-        optimizer = runner.optim_wrapper.optimizer
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
