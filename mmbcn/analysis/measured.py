@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,19 +62,20 @@ def read_measured(path: Path) -> list[Measured]:
 
 
 def label_all(models: Sequence[Measured]) -> dict[str, Measured]:
-    """The models by short names: the checkpoint's, with its folder where several have it.
+    """The models by short names: the checkpoint's, with the folders that tell it from the others.
 
     Raises:
         UsageError: a checkpoint was given twice.
     """
     paths = [Path(m.source) for m in models]
-    stems = Counter(path.stem for path in paths)
-    names = [p.stem if stems[p.stem] == 1 else f"{p.parent.name}/{p.stem}" for p in paths]
-    if len({*names}) < len(names):
-        names = [str(path) for path in paths]
-    twice = [name for name, number in Counter(names).items() if number > 1]
+    twice = [path for path, number in Counter(paths).items() if number > 1]
     if twice:
         raise UsageError(f"{twice[0]} is given twice")
+    bare = [path.with_suffix("") for path in paths]
+    paths = bare if len({*bare}) == len(bare) else paths
+    tails = [["/".join(p.parts[-n:]) for n in range(1, len(p.parts) + 1)] for p in paths]
+    number = Counter(chain.from_iterable(tails))
+    names = [next((t for t in ends if number[t] == 1), ends[-1]) for ends in tails]
     return dict(zip(names, models, strict=True))
 
 

@@ -47,7 +47,9 @@ def labels(*sources):
 def test_names_are_as_short_as_they_can():
     assert labels("w/iter_1.pth", "w/iter_2.pth") == ["iter_1", "iter_2"]
     assert labels("v/iter_1.pth", "w/iter_1.pth", "w/a.pth") == ["v/iter_1", "w/iter_1", "a"]
-    assert labels("x/w/i.pth", "y/w/i.pth") == ["x/w/i.pth", "y/w/i.pth"]
+    assert labels("a/x/w/i.pth", "a/y/w/i.pth") == ["x/w/i", "y/w/i"]
+    assert labels("w/i.pth", "x/w/i.pth") == ["w/i", "x/w/i"]
+    assert labels("w/i.pth", "w/i.safetensors") == ["i.pth", "i.safetensors"]
     with pytest.raises(UsageError, match=r"w/i\.pth is given twice"):
         labels("w/i.pth", "w/i.pth")
 
