@@ -51,7 +51,8 @@ class KN(nn.BatchNorm2d):
     The prediction, by ``transition``:
 
     - ``'conv'``: one synthetic map of values from N(m, v) of the layer before, ReLU, the weights of
-      the convolution in between, then the moments. It costs that convolution on one image more.
+      the convolution in between, then the moments. It costs that convolution on one image more;
+      behind additions of outputs of convolutions, each of these too, once, back to the first norms.
     - ``'linear'``: ``m_pre = A m``, ``v_pre = diag(A diag(v) A^T) + R`` with learned A (parameter
       ``transition_weight``, starts as the identity) and diagonal R (the exponential of
       ``transition_noise``, starts at 1). They exist once the layer is linked.

@@ -139,7 +139,7 @@ class _Watch(TorchDispatchMode):
         self._norms = norms
         self._convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         self._origins: Origins[Expression | str] = Origins()
-        self.track = self._origins.note
+        self._expressions: dict[tuple[Any, ...], Expression] = {}
 
     def __enter__(self) -> "_Watch":
         self._handles = [conv.register_forward_hook(self._after_conv) for conv in self._convs]
@@ -153,6 +153,12 @@ class _Watch(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._origins.clear()
+
+    def track(self, tensor: Tensor, origin: Expression | str) -> None:
+        """Note where a tensor comes from; what is made alike, in another run too, is one object."""
+        if isinstance(origin, Expression):
+            origin = self._expressions.setdefault((type(origin), *vars(origin).values()), origin)
+        self._origins.note(tensor, origin)
 
     def _after_conv(self, conv: nn.Conv2d, inputs: tuple[Any, ...], output: Tensor) -> None:
         origin = self._origins.of(inputs[0])

@@ -10,11 +10,15 @@ synthetic maps with them. As in the authors' code:
 - In an addition, means and variances add, whether or not a ReLU was applied to the terms.
 - Channels of zeros have mean and variance zero.
 
+A tensor of the network is one expression, whatever is made of it: expressions are equal if they are
+the same object, and a prediction computes each one once.
+
 Shapes: statistics (2, C), means and variances; maps (1, C, H, W).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -33,10 +37,30 @@ class Draw:
     Args:
         statistics: of a norm, in this pass.
         noise: independent standard normal values of a shape.
+
+    Attributes:
+        made: what was computed of each expression so far.
     """
 
     statistics: Callable[[nn.Module], Tensor]
     noise: Callable[[tuple[int, ...]], Tensor]
+    made: dict[Any, Tensor] = field(default_factory=dict, init=False)
+
+
+Method = Callable[["Expression", Draw, Size], Tensor]
+
+
+def _once(method: Method) -> Method:
+    """Computed once in a prediction: what sums share would be computed for each path to it."""
+
+    @wraps(method)
+    def call(self: "Expression", draw: Draw, size: Size) -> Tensor:
+        key = self, method, size
+        if key not in draw.made:
+            draw.made[key] = method(self, draw, size)
+        return draw.made[key]
+
+    return call
 
 
 class Expression:
@@ -48,6 +72,7 @@ class Expression:
         """Predicted statistics of the tensor, of this height and width."""
         raise NotImplementedError
 
+    @_once
     def synthetic(self, draw: Draw, size: Size) -> Tensor:
         """A synthetic map of the tensor."""
         mean, var = (v.view(1, -1, 1, 1) for v in self.statistics(draw, size))
@@ -55,17 +80,22 @@ class Expression:
         std = torch.where(positive, var, 1).sqrt() * positive
         return mean + std * draw.noise((1, mean.shape[1], *size))
 
-    def norms(self) -> Iterator[nn.Module]:
+    def norms(self) -> list[nn.Module]:
         """The norms whose statistics it needs."""
-        for part in self.parts:
-            yield from part.norms()
+        found, todo = set(), [self]
+        while todo:
+            one = todo.pop()
+            if one not in found:
+                found.add(one)
+                todo.extend(one.parts)
+        return [one.norm for one in found if isinstance(one, Normalized)]
 
     def text(self, names: Mapping[nn.Module, str]) -> str:
         """How the tensor is computed, with these names of the modules."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Normalized(Expression):
     """The output of a norm."""
 
@@ -74,10 +104,6 @@ class Normalized(Expression):
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Those from before the normalization."""
         return draw.statistics(self.norm)
-
-    def norms(self) -> Iterator[nn.Module]:
-        """The norm."""
-        yield self.norm
 
     def text(self, names: Mapping[nn.Module, str]) -> str:
         """The norm's name."""
@@ -92,7 +118,7 @@ class _OfOne(Expression):
         return (self.of,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rectified(_OfOne):
     """ReLU of a tensor."""
 
@@ -111,12 +137,13 @@ class Rectified(_OfOne):
         return f"relu({self.of.text(names)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum(Expression):
     """The sum of tensors."""
 
     parts: tuple[Expression, ...]
 
+    @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Means and variances add."""
         return sum(part.statistics(draw, size) for part in self.parts)
@@ -126,16 +153,18 @@ class Sum(Expression):
         return " + ".join(part.text(names) for part in self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Concatenated(Expression):
     """The channels of several tensors."""
 
     parts: tuple[Expression, ...]
 
+    @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Side by side."""
         return torch.cat([part.statistics(draw, size) for part in self.parts], 1)
 
+    @_once
     def synthetic(self, draw: Draw, size: Size) -> Tensor:
         """Side by side."""
         return torch.cat([part.synthetic(draw, size) for part in self.parts], 1)
@@ -145,7 +174,7 @@ class Concatenated(Expression):
         return f"cat({', '.join(part.text(names) for part in self.parts)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Padded(_OfOne):
     """A tensor with channels of zeros before and after its own."""
 
@@ -166,13 +195,14 @@ class Padded(_OfOne):
         return f"pad({self.of.text(names)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Convolved(_OfOne):
     """The output of a convolution."""
 
     conv: nn.Conv2d
     of: Expression
 
+    @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Moments of the convolution of a synthetic map; gradients reach the weights too."""
         fed = self.of.synthetic(draw, _input_size(self.conv, size))

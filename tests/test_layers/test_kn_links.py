@@ -442,6 +442,43 @@ def test_synthetic_maps_have_the_size_that_the_convolution_needs(options):
     assert sizes[1] == (1, *sizes[0][1:])
 
 
+@pytest.mark.parametrize("growth", [0, 4])
+def test_predictions_compute_what_terms_share_once(growth, monkeypatch):
+    """2^depth paths lead to the first norm in a ResNet and a DenseNet without further norms."""
+    depth = 6
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm1 = nn.Conv2d(3, 4, 1), KN(4)
+            *widths, last = (4 + growth * i for i in range(depth + 1))
+            self.convs = nn.ModuleList(nn.Conv2d(width, 4, 3, padding=1) for width in widths)
+            self.last, self.norm2 = nn.Conv2d(last, 5, 1), KN(5)
+
+        def forward(self, x):
+            x = self.norm1(self.first(x))
+            for conv in self.convs:
+                y = conv(x.relu())
+                x = torch.cat([x, y], 1) if growth else x + y
+            return self.norm2(self.last(x))
+
+        def extract_feat(self, x):
+            return [x]
+
+        def auxiliary_head(self, features):
+            return self(*features)  # a second run, which must be seen to be the same
+
+    net, evaluated = Net(), []
+    link_norms(net)
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda self, x: evaluated.append(self) or forward(self, x)
+    )
+    net(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert len(evaluated) == (depth + 2) + (depth + 1)
+    assert net.first.weight.grad.isfinite().all()
+
+
 def test_hooks_of_convolutions_see_the_network_only():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), KN(4), nn.ReLU(), nn.Conv2d(4, 6, 3), KN(6))
     link_norms(net)
