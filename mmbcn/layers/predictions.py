@@ -19,6 +19,7 @@ Shapes: statistics (2, C), means and variances; maps (1, C, H, W).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from math import ceil
 from typing import Any
 
 import torch
@@ -215,10 +216,14 @@ class Convolved(_OfOne):
 
 
 def _input_size(conv: nn.Conv2d, size: Size) -> Any:
-    """The smallest map that the convolution turns into one of this size."""
+    """The smallest map that the convolution takes and turns into one of this size, or larger."""
     padding = conv.padding
     if isinstance(padding, str):
         spans = zip(conv.dilation, conv.kernel_size, strict=True)
         padding = tuple(d * (k - 1) / 2 if padding == "same" else 0 for d, k in spans)
     sizes = zip(size, conv.stride, conv.dilation, conv.kernel_size, padding, strict=True)
-    return tuple(max(1, int((n - 1) * s + d * (k - 1) + 1 - 2 * p)) for n, s, d, k, p in sizes)
+    needed = (int((n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, s, d, k, p in sizes)
+    # a map has no more values to reflect or to go around than it is long
+    wider = {"reflect": 1, "circular": 0}.get(conv.padding_mode)
+    least = [1 if wider is None else max(1, ceil(p) + wider) for p in padding]
+    return tuple(map(max, needed, least))

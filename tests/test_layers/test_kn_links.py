@@ -442,6 +442,26 @@ def test_synthetic_maps_have_the_size_that_the_convolution_needs(options):
     assert sizes[1] == (1, *sizes[0][1:])
 
 
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (dict(kernel_size=3, stride=2, padding=1, padding_mode="reflect"), 2),
+        (dict(kernel_size=(4, 1), padding="same", padding_mode="reflect"), 3),
+        (dict(kernel_size=5, stride=4, padding=2, padding_mode="circular"), 2),
+        (dict(kernel_size=(4, 1), padding="same", padding_mode="circular"), 2),
+        (dict(kernel_size=3, padding=1, padding_mode="replicate"), 1),
+    ],
+)
+def test_synthetic_maps_are_large_enough_for_the_padding(options, size):
+    """Of one value of the output; torch pads the network's own map, of this size, just so."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), KN(4), nn.Conv2d(4, 6, **options), KN(6))
+    link_norms(net)
+    sizes, forward = [], net[2].forward
+    net[2].forward = lambda x: sizes.append(tuple(x.shape[2:])) or forward(x)[:, :, :1, :1]
+    net(torch.randn(2, 3, size, size)).sum().backward()
+    assert sizes == [(size, size), (size, size if isinstance(options["kernel_size"], int) else 1)]
+
+
 @pytest.mark.parametrize("growth", [0, 4])
 def test_predictions_compute_what_terms_share_once(growth, monkeypatch):
     """2^depth paths lead to the first norm in a ResNet and a DenseNet without further norms."""
