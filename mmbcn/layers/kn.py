@@ -146,7 +146,7 @@ class KN(nn.BatchNorm2d):
         this = known or Pass(mean, seed, self._sources())
         if count <= 1:
             if known is None:
-                this.finish(torch.stack([self.running_mean, self.running_var]))
+                this.finish(torch.stack([self.running_mean, self.running_var]), x)
             y = self._with_estimates(x, this.statistics)
         else:
             observed = torch.stack([mean, var])
@@ -154,7 +154,7 @@ class KN(nn.BatchNorm2d):
             predicted = self._predict(this, x)
             y, statistics, gain = kalman_norm(x, observed, predicted, *affine, this.settler())
             if known is None:
-                this.finish(statistics)
+                y = this.finish(statistics, y)
             if not in_backward():
                 self._update(statistics.detach(), gain * var / (count - 1), count)
         if not in_backward():
