@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmbcn.errors import UsageError
 from mmbcn.ops import channel_statistics
 
 Size = tuple[int, int]
@@ -198,17 +199,31 @@ class Padded(_OfOne):
 
 @dataclass(frozen=True, eq=False)
 class Convolved(_OfOne):
-    """The output of a convolution."""
+    """The output of the convolution that a module has by this name."""
 
-    conv: nn.Conv2d
+    parent: nn.Module
+    name: str
     of: Expression
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution, looked up anew: another one may have been put in its place."""
+        conv = self.parent._modules.get(self.name)
+        if not isinstance(conv, nn.Conv2d):
+            raise UsageError(
+                f"KN predicts statistics through the convolution {self.name!r} of a "
+                f"{type(self.parent).__name__}, and now a {type(conv).__name__} is in its place; "
+                "after such changes call mmbcn.layers.unlink_norms(model), then link_norms(model)"
+            )
+        return conv
 
     @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Moments of the convolution of a synthetic map; gradients reach the weights too."""
-        fed = self.of.synthetic(draw, _input_size(self.conv, size))
+        conv = self.conv
+        fed = self.of.synthetic(draw, _input_size(conv, size))
         # not a call: hooks are for the network's own pass
-        return channel_statistics(self.conv.forward(fed.to(self.conv.weight.dtype)))
+        return channel_statistics(conv.forward(fed.to(conv.weight.dtype)))
 
     def text(self, names: Mapping[nn.Module, str]) -> str:
         """As in code."""

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmbcn import KN
 from mmbcn.errors import UsageError
-from mmbcn.layers import link_norms
+from mmbcn.layers import describe_links, link_norms, unlink_norms
 from mmbcn.ops import kalman_norm
 
 EPS = 1e-5
@@ -512,8 +512,26 @@ def test_copies_are_linked_among_themselves():
         model.zero_grad(), other.zero_grad()
         again = copy.deepcopy(model)
         assert_same(result(other, [data(seed=7)]), result(again, [data(seed=7)]))
-    head = copy.deepcopy(model.head)
-    head(torch.rand(2, 4, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("transition", ["conv", "linear"])
+def test_a_part_is_copied_without_the_rest_and_can_be_linked_again(transition):
+    model = net(transition=transition)
+    norm = model.blocks[0].bn2
+    assert b"Conv2d" not in pickle.dumps(norm)
+    assert copy.deepcopy(norm).links is None
+    part = pickle.loads(pickle.dumps(model.blocks))
+    state = copy.deepcopy(part.state_dict())
+    part.double()(data(channels=4))  # as BatchNorm
+    with pytest.warns(UserWarning, match=r"1 of 4 KN .*\n  1\.bn1: mixed with the image"):
+        link_norms(part)
+    assert describe_links(part)["0.bn2"] == "0.conv2(relu(0.bn1))"
+    assert part.state_dict().keys() == state.keys()
+    learned = [k for k in state if "transition" in k]
+    assert all(torch.equal(part.state_dict()[k], state[k]) for k in learned)
+    unlink_norms(model)
+    assert describe_links(model) == {}
+    assert describe_links(copy.deepcopy(model)) == {}
 
 
 def test_momentum():

@@ -14,7 +14,7 @@ from torch import nn
 
 import mmbcn
 from mmbcn import KN, WSConv2d, convert_norm, set_norm
-from mmbcn.layers import describe_links, link_norms
+from mmbcn.layers import describe_links, link_norms, unlink_norms
 
 REPO = Path(mmbcn.__file__).parents[1]
 needs_mm = pytest.mark.skipif(
@@ -497,6 +497,26 @@ def test_predictions_compute_what_terms_share_once(growth, monkeypatch):
     net(torch.randn(2, 3, 5, 5)).sum().backward()
     assert len(evaluated) == (depth + 2) + (depth + 1)
     assert net.first.weight.grad.isfinite().all()
+
+
+def test_convolutions_put_in_the_place_of_others_are_followed():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), KN(4), nn.ReLU(), nn.Conv2d(4, 6, 3), KN(6, q=0.0))
+    expected, new = copy.deepcopy(net), WSConv2d(4, 6, 3)
+    link_norms(net)
+    net[3], expected[3] = new, copy.deepcopy(new)
+    link_norms(expected)
+    outputs = []
+    for model in (net, expected):
+        torch.manual_seed(1)
+        outputs.append(model(torch.arange(300.0).view(1, 3, 10, 10).sin()))
+    torch.testing.assert_close(*outputs)
+    net[3] = nn.Sequential(new)
+    with pytest.raises(mmbcn.errors.UsageError, match=r"'3' of .* a Sequential is .*unlink_norms"):
+        net(torch.randn(1, 3, 5, 5))
+    unlink_norms(net)
+    link_norms(net)
+    assert describe_links(net) == {"4": "3.0(relu(1))"}
+    net(torch.randn(1, 3, 5, 5)).sum().backward()
 
 
 def test_hooks_of_convolutions_see_the_network_only():
