@@ -21,7 +21,7 @@ from mmbcn.deploy import affine
 from mmbcn.deploy.flow import Flow
 from mmbcn.deploy.report import FoldReport
 from mmbcn.errors import UsageError
-from mmbcn.layers import KN
+from mmbcn.layers import unlink_norms
 from mmbcn.layers.foreign import ends_in_activation, has_hooks
 from mmbcn.layers.one_run import blank_image, run_all
 
@@ -270,7 +270,5 @@ class _Folder:
                 if child in self._now:
                     parent._modules[key] = self._now[child]
         root = self._now.get(self._model, self._model)
-        for module in root.modules():
-            if isinstance(module, KN):
-                module.links = None  # they hold layers that are gone
+        unlink_norms(root)  # links hold layers that are gone
         return root.eval()

@@ -7,7 +7,11 @@ in the Training of Deep Neural Networks", 2019, https://arxiv.org/abs/1905.05928
 from numbers import Real
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from mmbcn.layers.checks import check_eps, check_momentum
+from mmbcn.layers.groups import check_num_features
+from mmbcn.layers.recompute import in_backward
 from mmbcn.registry import register_norm
 
 
@@ -19,6 +23,8 @@ class IC(nn.Module):
     not the method: it belongs immediately before each weight layer, behind the activation, which
     needs networks with another order of layers (`mmbcn.models.ICResNet`, `mmbcn.models.ICASPPHead`,
     ...; ``set_norm(model, 'ic')`` switches to them).
+
+    A recomputed pass (activation checkpointing) updates nothing.
 
     Args:
         num_features: channels C.
@@ -38,8 +44,12 @@ class IC(nn.Module):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
+        check_num_features(num_features)
+        check_eps(eps)
+        check_momentum(momentum)
         super().__init__()
-        if not isinstance(drop_rate, Real) or not 0 <= drop_rate < 1:
+        number = isinstance(drop_rate, Real) and not isinstance(drop_rate, bool)
+        if not number or not 0 <= drop_rate < 1:
             raise ValueError(
                 f"drop_rate must be a number in [0, 1), got {drop_rate!r}; the paper's is 0.05"
             )
@@ -48,4 +58,7 @@ class IC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize, then drop."""
-        return self.drop(self.bn(x))
+        if not in_backward():
+            return self.drop(self.bn(x))
+        copies = {name: value.clone() for name, value in self.bn.named_buffers()}
+        return self.drop(functional_call(self.bn, copies, (x,)))  # updates the copies

@@ -40,7 +40,7 @@ class KN(nn.BatchNorm2d):
     the prediction into the layers before. The running estimates follow m and v (of the batch's
     share in v, the unbiased variance, as in ``nn.BatchNorm2d``), and eval uses nothing else: there
     it *is* a BatchNorm, at its cost, and can be folded into the convolution like one. Names and
-    shapes in state dicts are BatchNorm's.
+    shapes in state dicts are BatchNorm's; those of a learned transition come on top.
 
     Where the mean over the channels of v_pre / v_obs is 100 or more, the batch's statistics are
     used alone, as in a layer without predecessors: `mmbcn.set_norm`, `mmbcn.convert_norm` and
@@ -51,10 +51,12 @@ class KN(nn.BatchNorm2d):
     The prediction, by ``transition``:
 
     - ``'conv'``: one synthetic map of values from N(m, v) of the layer before, ReLU, the weights of
-      the convolution in between, then the moments. It costs that convolution on one image more.
+      the convolution in between, then the moments. It costs that convolution on one image more;
+      behind additions of outputs of convolutions, each of these too, once, back to the first norms.
     - ``'linear'``: ``m_pre = A m``, ``v_pre = diag(A diag(v) A^T) + R`` with learned A (parameter
       ``transition_weight``, starts as the identity) and diagonal R (the exponential of
-      ``transition_noise``, starts at 1). They exist once the layer is linked.
+      ``transition_noise``, starts at 1). They exist, and are in state dicts, once the layer is
+      linked; a state dict without them loads, and leaves them as they are.
 
     A repeated pass (activation checkpointing) draws what the first one drew and updates nothing.
 
@@ -76,6 +78,8 @@ class KN(nn.BatchNorm2d):
     """
 
     _abbr_ = "bn"
+    # what each norm of the model is predicted from; one for all, so that copies are not nested
+    links: dict[nn.Module, Expression] | None = None
 
     def __init__(
         self,
@@ -100,8 +104,6 @@ class KN(nn.BatchNorm2d):
         self.transition = transition
         for name in _LEARNED:
             self.register_parameter(name, None)
-        # what each norm of the model is predicted from; one for all, so that copies are not nested
-        self.links: dict[nn.Module, Expression] | None = None
         self.passes = Passes()
 
     @property
@@ -112,6 +114,8 @@ class KN(nn.BatchNorm2d):
     def set_links(self, links: dict[nn.Module, Expression]) -> None:
         """Take the links of a model's norms; before the optimizer is built.
 
+        What a linear transition has learned stays, if it fits.
+
         Raises:
             ValueError: a linear transition, but no convolution right before.
         """
@@ -119,11 +123,11 @@ class KN(nn.BatchNorm2d):
         if link is not None and self.transition == "linear":
             if not isinstance(link, Convolved):
                 raise ValueError("a linear transition needs a convolution right before the norm")
-            options = dict(device=self.weight.device, dtype=self.weight.dtype)
-            weight = torch.eye(self.num_features, link.conv.in_channels, **options)
-            noise = torch.zeros(self.num_features, **options)
-            for name, value in zip(_LEARNED, (weight, noise), strict=True):
-                self.register_parameter(name, nn.Parameter(value, self.weight.requires_grad))
+            weight = torch.eye(self.num_features, link.conv.in_channels).to(self.weight)
+            noise = torch.zeros_like(self.weight)
+            if getattr(self.transition_weight, "shape", None) != weight.shape:
+                for name, value in zip(_LEARNED, (weight, noise), strict=True):
+                    self.register_parameter(name, nn.Parameter(value, self.weight.requires_grad))
         self.links = links
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ class KN(nn.BatchNorm2d):
         this = known or Pass(mean, seed, self._sources())
         if count <= 1:
             if known is None:
-                this.finish(torch.stack([self.running_mean, self.running_var]))
+                this.finish(torch.stack([self.running_mean, self.running_var]), x)
             y = self._with_estimates(x, this.statistics)
         else:
             observed = torch.stack([mean, var])
@@ -153,7 +157,7 @@ class KN(nn.BatchNorm2d):
             predicted = self._predict(this, x)
             y, statistics, gain = kalman_norm(x, observed, predicted, *affine, this.settler())
             if known is None:
-                this.finish(statistics)
+                y = this.finish(statistics, y)
             if not in_backward():
                 self._update(statistics.detach(), gain * var / (count - 1), count)
         if not in_backward():
@@ -210,6 +214,10 @@ class KN(nn.BatchNorm2d):
         self.passes.clear()  # they would stay behind on the old device or dtype
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the links, which lead to the whole model: it brings them along itself."""
+        return {name: value for name, value in vars(self).items() if name != "links"}
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in _LEARNED:  # BatchNorm's have none: the learned transition starts anew
             if getattr(self, name) is not None:
@@ -219,3 +227,15 @@ class KN(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         """Channels, eps, gain and transition."""
         return f"{self.num_features}, eps={self.eps}, q={self.q}, transition={self.transition!r}"
+
+
+class HeldLinks:
+    """The links of a model's norms, held by the model; its copies link the copied norms."""
+
+    def __init__(self, links: dict[KN, dict[KN, Expression]]) -> None:
+        self.links = links
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for norm, links in self.links.items():
+            norm.links = links

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmbcn.layers.kn import KN
+from mmbcn.layers.kn import KN, HeldLinks
 from mmbcn.layers.one_run import SAME_VALUES, Origins, blank_image, run_all
 from mmbcn.layers.predictions import (
     Concatenated,
@@ -56,6 +56,10 @@ def link_norms(model: nn.Module) -> None:
     is a BatchNorm; one warning names these layers, but for those right behind the image. Parameters
     of learned transitions are created here: before the optimizer.
 
+    Copies and pickles of the model are linked among themselves; those of a part of it, such as of
+    one norm, are not linked and go without the rest. A convolution that is put in the place of one
+    is followed; after other changes, `unlink_norms` first.
+
     Args:
         model: weights, statistics, modes and random generators stay as they are.
     """
@@ -82,6 +86,7 @@ def link_norms(model: nn.Module) -> None:
             norm.set_links(links)
         except ValueError as error:
             unlinked[norm] = str(error)
+    model.kn_links = HeldLinks({m: m.links for m in names if isinstance(m, KN)})
     if unlinked:
         listed = "".join(f"\n  {names[norm]}: {reason}" for norm, reason in unlinked.items())
         warnings.warn(
@@ -89,6 +94,14 @@ def link_norms(model: nn.Module) -> None:
             f"statistics from, and act as BatchNorm:{listed}",
             stacklevel=2,
         )
+
+
+def unlink_norms(model: nn.Module) -> None:
+    """Make the `KN` layers of a model forget their predecessors, until `link_norms`."""
+    for module in model.modules():
+        vars(module).pop("kn_links", None)
+        if isinstance(module, KN):
+            module.links = None
 
 
 def describe_links(model: nn.Module) -> dict[str, str]:
@@ -137,9 +150,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.inputs: dict[KN, list[Expression | str]] = {}
         self._norms = norms
-        self._convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        children = ((m, n, child) for m in model.modules() for n, child in m.named_children())
+        self._convs = {c: (m, n) for m, n, c in children if isinstance(c, nn.Conv2d)}
         self._origins: Origins[Expression | str] = Origins()
-        self.track = self._origins.note
+        self._expressions: dict[tuple[Any, ...], Expression] = {}
 
     def __enter__(self) -> "_Watch":
         self._handles = [conv.register_forward_hook(self._after_conv) for conv in self._convs]
@@ -154,10 +168,16 @@ class _Watch(TorchDispatchMode):
             handle.remove()
         self._origins.clear()
 
+    def track(self, tensor: Tensor, origin: Expression | str) -> None:
+        """Note where a tensor comes from; what is made alike, in another run too, is one object."""
+        if isinstance(origin, Expression):
+            origin = self._expressions.setdefault((type(origin), *vars(origin).values()), origin)
+        self._origins.note(tensor, origin)
+
     def _after_conv(self, conv: nn.Conv2d, inputs: tuple[Any, ...], output: Tensor) -> None:
         origin = self._origins.of(inputs[0])
         if isinstance(origin, Expression):
-            self.track(output, Convolved(conv, origin))
+            self.track(output, Convolved(*self._convs[conv], origin))
 
     def _before_norm(self, norm: KN, inputs: tuple[Any, ...]) -> None:
         origin = self._origins.of(inputs[0]) or "its input comes from elsewhere"

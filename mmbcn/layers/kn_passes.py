@@ -6,6 +6,9 @@ default, which mmseg's ``with_cp`` has) the first pass through a block records n
 backward the block is repeated, after the layers behind it. There statistics go from layer to layer
 by value, and their gradient comes back by hand: it is *owed* to the pass that made them, which adds
 it when its own turn in backward comes. So the result is that of no checkpointing.
+
+Attached statistics keep the graph, and with it the activations. So they are kept by the graph alone
+that goes on from the layer's output: where that is dropped without backward, all of it goes.
 """
 
 import weakref
@@ -28,23 +31,29 @@ class Pass:
         sources: the passes of the layers whose statistics this one uses.
 
     Attributes:
-        statistics: filtered means and variances (2, C).
+        statistics: filtered means and variances (2, C), their values only.
     """
 
     def __init__(self, key: Tensor, seed: int, sources: Mapping[nn.Module, "Pass"]) -> None:
         self.key, self.seed, self.sources = key, seed, sources
         self._recorded = torch.is_grad_enabled()
         self._owed: Tensor | None = None
+        self._attached: Callable[[], Tensor | None] = lambda: None
 
-    def finish(self, statistics: Tensor) -> None:
-        """These are the statistics; once, not in a repetition."""
-        self.statistics = statistics
+    def finish(self, statistics: Tensor, y: Tensor) -> Tensor:
+        """These are the statistics, and the output, to be used as returned; not in a repetition."""
+        self.statistics = statistics.detach()
         self._needs_grad = statistics.requires_grad or not self._recorded
+        if not statistics.requires_grad:
+            return y
+        self._attached = weakref.ref(statistics)
+        return _Keep.apply(y, [statistics])
 
     def give(self) -> Tensor:
         """The statistics, for a layer behind this one that runs now."""
         if self._recorded and not in_backward():
-            return self.statistics
+            attached = self._attached()
+            return self.statistics if attached is None else attached
         value = self.statistics.detach()
         if self._needs_grad and torch.is_grad_enabled():
             value.requires_grad_().register_hook(self._owe)
@@ -62,14 +71,24 @@ class Pass:
             if self is None:
                 return None
             owed, self._owed = self._owed, None
-            self.leave_graph()
+            self._attached = lambda: None
             return owed
 
         return settle
 
-    def leave_graph(self) -> None:
-        """Keep the values only."""
-        self.statistics = self.statistics.detach()
+
+class _Keep(torch.autograd.Function):
+    """The identity, in place; its part of the graph keeps the values of a list alive."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, values: list[Tensor]) -> Tensor:
+        ctx.values = values
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Passes:
@@ -89,8 +108,6 @@ class Passes:
 
     def add(self, new: Pass) -> None:
         """Remember a pass."""
-        if self._entries:
-            self._entries[0].leave_graph()
         self._entries.appendleft(new)
 
     def find(self, key: Tensor) -> Pass | None:

@@ -10,17 +10,23 @@ synthetic maps with them. As in the authors' code:
 - In an addition, means and variances add, whether or not a ReLU was applied to the terms.
 - Channels of zeros have mean and variance zero.
 
+A tensor of the network is one expression, whatever is made of it: expressions are equal if they are
+the same object, and a prediction computes each one once.
+
 Shapes: statistics (2, C), means and variances; maps (1, C, H, W).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from math import ceil
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmbcn.errors import UsageError
 from mmbcn.ops import channel_statistics
 
 Size = tuple[int, int]
@@ -33,10 +39,30 @@ class Draw:
     Args:
         statistics: of a norm, in this pass.
         noise: independent standard normal values of a shape.
+
+    Attributes:
+        made: what was computed of each expression so far.
     """
 
     statistics: Callable[[nn.Module], Tensor]
     noise: Callable[[tuple[int, ...]], Tensor]
+    made: dict[Any, Tensor] = field(default_factory=dict, init=False)
+
+
+Method = Callable[["Expression", Draw, Size], Tensor]
+
+
+def _once(method: Method) -> Method:
+    """Computed once in a prediction: what sums share would be computed for each path to it."""
+
+    @wraps(method)
+    def call(self: "Expression", draw: Draw, size: Size) -> Tensor:
+        key = self, method, size
+        if key not in draw.made:
+            draw.made[key] = method(self, draw, size)
+        return draw.made[key]
+
+    return call
 
 
 class Expression:
@@ -48,6 +74,7 @@ class Expression:
         """Predicted statistics of the tensor, of this height and width."""
         raise NotImplementedError
 
+    @_once
     def synthetic(self, draw: Draw, size: Size) -> Tensor:
         """A synthetic map of the tensor."""
         mean, var = (v.view(1, -1, 1, 1) for v in self.statistics(draw, size))
@@ -55,17 +82,22 @@ class Expression:
         std = torch.where(positive, var, 1).sqrt() * positive
         return mean + std * draw.noise((1, mean.shape[1], *size))
 
-    def norms(self) -> Iterator[nn.Module]:
+    def norms(self) -> list[nn.Module]:
         """The norms whose statistics it needs."""
-        for part in self.parts:
-            yield from part.norms()
+        found, todo = set(), [self]
+        while todo:
+            one = todo.pop()
+            if one not in found:
+                found.add(one)
+                todo.extend(one.parts)
+        return [one.norm for one in found if isinstance(one, Normalized)]
 
     def text(self, names: Mapping[nn.Module, str]) -> str:
         """How the tensor is computed, with these names of the modules."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Normalized(Expression):
     """The output of a norm."""
 
@@ -74,10 +106,6 @@ class Normalized(Expression):
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Those from before the normalization."""
         return draw.statistics(self.norm)
-
-    def norms(self) -> Iterator[nn.Module]:
-        """The norm."""
-        yield self.norm
 
     def text(self, names: Mapping[nn.Module, str]) -> str:
         """The norm's name."""
@@ -92,7 +120,7 @@ class _OfOne(Expression):
         return (self.of,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rectified(_OfOne):
     """ReLU of a tensor."""
 
@@ -111,12 +139,13 @@ class Rectified(_OfOne):
         return f"relu({self.of.text(names)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum(Expression):
     """The sum of tensors."""
 
     parts: tuple[Expression, ...]
 
+    @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Means and variances add."""
         return sum(part.statistics(draw, size) for part in self.parts)
@@ -126,16 +155,18 @@ class Sum(Expression):
         return " + ".join(part.text(names) for part in self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Concatenated(Expression):
     """The channels of several tensors."""
 
     parts: tuple[Expression, ...]
 
+    @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Side by side."""
         return torch.cat([part.statistics(draw, size) for part in self.parts], 1)
 
+    @_once
     def synthetic(self, draw: Draw, size: Size) -> Tensor:
         """Side by side."""
         return torch.cat([part.synthetic(draw, size) for part in self.parts], 1)
@@ -145,7 +176,7 @@ class Concatenated(Expression):
         return f"cat({', '.join(part.text(names) for part in self.parts)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Padded(_OfOne):
     """A tensor with channels of zeros before and after its own."""
 
@@ -166,18 +197,33 @@ class Padded(_OfOne):
         return f"pad({self.of.text(names)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Convolved(_OfOne):
-    """The output of a convolution."""
+    """The output of the convolution that a module has by this name."""
 
-    conv: nn.Conv2d
+    parent: nn.Module
+    name: str
     of: Expression
 
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution, looked up anew: another one may have been put in its place."""
+        conv = self.parent._modules.get(self.name)
+        if not isinstance(conv, nn.Conv2d):
+            raise UsageError(
+                f"KN predicts statistics through the convolution {self.name!r} of a "
+                f"{type(self.parent).__name__}, and now a {type(conv).__name__} is in its place; "
+                "after such changes call mmbcn.layers.unlink_norms(model), then link_norms(model)"
+            )
+        return conv
+
+    @_once
     def statistics(self, draw: Draw, size: Size) -> Tensor:
         """Moments of the convolution of a synthetic map; gradients reach the weights too."""
-        fed = self.of.synthetic(draw, _input_size(self.conv, size))
+        conv = self.conv
+        fed = self.of.synthetic(draw, _input_size(conv, size))
         # not a call: hooks are for the network's own pass
-        return channel_statistics(self.conv.forward(fed.to(self.conv.weight.dtype)))
+        return channel_statistics(conv.forward(fed.to(conv.weight.dtype)))
 
     def text(self, names: Mapping[nn.Module, str]) -> str:
         """As in code."""
@@ -185,10 +231,14 @@ class Convolved(_OfOne):
 
 
 def _input_size(conv: nn.Conv2d, size: Size) -> Any:
-    """The smallest map that the convolution turns into one of this size."""
+    """The smallest map that the convolution takes and turns into one of this size, or larger."""
     padding = conv.padding
     if isinstance(padding, str):
         spans = zip(conv.dilation, conv.kernel_size, strict=True)
         padding = tuple(d * (k - 1) / 2 if padding == "same" else 0 for d, k in spans)
     sizes = zip(size, conv.stride, conv.dilation, conv.kernel_size, padding, strict=True)
-    return tuple(max(1, int((n - 1) * s + d * (k - 1) + 1 - 2 * p)) for n, s, d, k, p in sizes)
+    needed = (int((n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, s, d, k, p in sizes)
+    # a map has no more values to reflect or to go around than it is long
+    wider = {"reflect": 1, "circular": 0}.get(conv.padding_mode)
+    least = [1 if wider is None else max(1, ceil(p) + wider) for p in padding]
+    return tuple(map(max, needed, least))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmbcn.layers import IC
 
@@ -58,10 +59,43 @@ def test_default_is_the_papers():
     assert IC(4).drop.p == 0.05
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1, "0.1", float("nan")])
+@pytest.mark.parametrize("rate", [-0.1, 1, "0.1", float("nan"), False])
 def test_drop_rate_is_checked(rate):
     with pytest.raises(ValueError, match="drop_rate must be a number in"):
         IC(4, rate)
+
+
+def test_other_arguments_are_checked_as_in_all_norms():
+    with pytest.raises(TypeError, match=r"num_features must be an int, got 4\.0"):
+        IC(4.0)
+    with pytest.raises(ValueError, match="num_features must be at least 1, got 0"):
+        IC(0)
+    with pytest.raises(ValueError, match="eps must be finite and greater than 0, got -1"):
+        IC(4, eps=-1)
+    with pytest.raises(ValueError, match=r"momentum is the weight of the new value.*got 2"):
+        IC(4, momentum=2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_recomputation_changes_nothing(reentrant, frozen, momentum):
+    """Neither the statistics, nor outputs and gradients; frozen, by those of before."""
+    layer = IC(5, 0.3, momentum=momentum).double()
+    layer.bn.running_mean.uniform_(), layer.bn.running_var.uniform_(1, 2)
+    layer.bn.train(not frozen)
+    results = []
+    for run in (lambda m, x: checkpoint(m, x, use_reentrant=reentrant), lambda m, x: m(x)):
+        module = copy.deepcopy(layer)
+        torch.manual_seed(1)
+        x = torch.randn(3, 5, 4, 7, dtype=torch.float64, requires_grad=True)
+        for step in range(2):
+            out = run(module, x * (step + 1))
+            out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert results[0][-1] == (0 if frozen else 2)
 
 
 def test_inner_norm_is_one_for_those_who_look_for_batch_norms():

@@ -7,6 +7,7 @@ with it.
 
 import copy
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmbcn import KN
 from mmbcn.errors import UsageError
-from mmbcn.layers import link_norms
+from mmbcn.layers import describe_links, link_norms, unlink_norms
 from mmbcn.ops import kalman_norm
 
 EPS = 1e-5
@@ -262,9 +263,10 @@ def test_gradcheck(transition):
 def test_gradient_reaches_the_layer_before_through_the_statistics_alone():
     net, x = pair(0.0, "linear"), data(2, 6)
     z = data(2, 3, 5, seed=4)
-    net(x)
+    before = net(x)  # its graph must live
     out = net[4](z)  # not made from x
-    (grad,) = torch.autograd.grad(out.sum() + out.square().sum(), net[0].weight)
+    loss = out.sum() + out.square().sum() + 0 * before.sum()
+    (grad,) = torch.autograd.grad(loss, net[0].weight)
     assert grad.abs().min() > 0
 
 
@@ -336,8 +338,26 @@ def test_several_steps_leave_no_graph_behind(reentrant):
         assert_same(*results)
         for m in other.modules():
             if isinstance(m, KN):
-                assert m.passes.latest.statistics.grad_fn is None
+                assert m.passes.latest._attached() is None
                 assert m.passes.latest._owed is None
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_loss_that_is_dropped_leaves_no_activations_behind(reentrant):
+    """Without a backward pass, such as of a loss that is not finite."""
+
+    class Saved:
+        def __init__(self, value):
+            self.value = value.detach()  # the graph is not to keep itself
+            alive.add(self)
+
+    alive, model = weakref.WeakSet(), net(reentrant=reentrant)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.value):
+        loss = model(data()).sum()
+    assert len(alive) > 10
+    del loss
+    assert len(alive) == 0
+    assert_same(*(result(m, [data(seed=2)]) for m in (model, copy.deepcopy(model))))
 
 
 def test_two_passes_before_backward_are_two_passes():
@@ -492,8 +512,26 @@ def test_copies_are_linked_among_themselves():
         model.zero_grad(), other.zero_grad()
         again = copy.deepcopy(model)
         assert_same(result(other, [data(seed=7)]), result(again, [data(seed=7)]))
-    head = copy.deepcopy(model.head)
-    head(torch.rand(2, 4, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("transition", ["conv", "linear"])
+def test_a_part_is_copied_without_the_rest_and_can_be_linked_again(transition):
+    model = net(transition=transition)
+    norm = model.blocks[0].bn2
+    assert b"Conv2d" not in pickle.dumps(norm)
+    assert copy.deepcopy(norm).links is None
+    part = pickle.loads(pickle.dumps(model.blocks))
+    state = copy.deepcopy(part.state_dict())
+    part.double()(data(channels=4))  # as BatchNorm
+    with pytest.warns(UserWarning, match=r"1 of 4 KN .*\n  1\.bn1: mixed with the image"):
+        link_norms(part)
+    assert describe_links(part)["0.bn2"] == "0.conv2(relu(0.bn1))"
+    assert part.state_dict().keys() == state.keys()
+    learned = [k for k in state if "transition" in k]
+    assert all(torch.equal(part.state_dict()[k], state[k]) for k in learned)
+    unlink_norms(model)
+    assert describe_links(model) == {}
+    assert describe_links(copy.deepcopy(model)) == {}
 
 
 def test_momentum():

@@ -14,7 +14,7 @@ from torch import nn
 
 import mmbcn
 from mmbcn import KN, WSConv2d, convert_norm, set_norm
-from mmbcn.layers import describe_links, link_norms
+from mmbcn.layers import describe_links, link_norms, unlink_norms
 
 REPO = Path(mmbcn.__file__).parents[1]
 needs_mm = pytest.mark.skipif(
@@ -440,6 +440,83 @@ def test_synthetic_maps_have_the_size_that_the_convolution_needs(options):
     conv.forward = spy
     net(torch.randn(2, 3, 15, 14))
     assert sizes[1] == (1, *sizes[0][1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (dict(kernel_size=3, stride=2, padding=1, padding_mode="reflect"), 2),
+        (dict(kernel_size=(4, 1), padding="same", padding_mode="reflect"), 3),
+        (dict(kernel_size=5, stride=4, padding=2, padding_mode="circular"), 2),
+        (dict(kernel_size=(4, 1), padding="same", padding_mode="circular"), 2),
+        (dict(kernel_size=3, padding=1, padding_mode="replicate"), 1),
+    ],
+)
+def test_synthetic_maps_are_large_enough_for_the_padding(options, size):
+    """Of one value of the output; torch pads the network's own map, of this size, just so."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), KN(4), nn.Conv2d(4, 6, **options), KN(6))
+    link_norms(net)
+    sizes, forward = [], net[2].forward
+    net[2].forward = lambda x: sizes.append(tuple(x.shape[2:])) or forward(x)[:, :, :1, :1]
+    net(torch.randn(2, 3, size, size)).sum().backward()
+    assert sizes == [(size, size), (size, size if isinstance(options["kernel_size"], int) else 1)]
+
+
+@pytest.mark.parametrize("growth", [0, 4])
+def test_predictions_compute_what_terms_share_once(growth, monkeypatch):
+    """2^depth paths lead to the first norm in a ResNet and a DenseNet without further norms."""
+    depth = 6
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm1 = nn.Conv2d(3, 4, 1), KN(4)
+            *widths, last = (4 + growth * i for i in range(depth + 1))
+            self.convs = nn.ModuleList(nn.Conv2d(width, 4, 3, padding=1) for width in widths)
+            self.last, self.norm2 = nn.Conv2d(last, 5, 1), KN(5)
+
+        def forward(self, x):
+            x = self.norm1(self.first(x))
+            for conv in self.convs:
+                y = conv(x.relu())
+                x = torch.cat([x, y], 1) if growth else x + y
+            return self.norm2(self.last(x))
+
+        def extract_feat(self, x):
+            return [x]
+
+        def auxiliary_head(self, features):
+            return self(*features)  # a second run, which must be seen to be the same
+
+    net, evaluated = Net(), []
+    link_norms(net)
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda self, x: evaluated.append(self) or forward(self, x)
+    )
+    net(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert len(evaluated) == (depth + 2) + (depth + 1)
+    assert net.first.weight.grad.isfinite().all()
+
+
+def test_convolutions_put_in_the_place_of_others_are_followed():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), KN(4), nn.ReLU(), nn.Conv2d(4, 6, 3), KN(6, q=0.0))
+    expected, new = copy.deepcopy(net), WSConv2d(4, 6, 3)
+    link_norms(net)
+    net[3], expected[3] = new, copy.deepcopy(new)
+    link_norms(expected)
+    outputs = []
+    for model in (net, expected):
+        torch.manual_seed(1)
+        outputs.append(model(torch.arange(300.0).view(1, 3, 10, 10).sin()))
+    torch.testing.assert_close(*outputs)
+    net[3] = nn.Sequential(new)
+    with pytest.raises(mmbcn.errors.UsageError, match=r"'3' of .* a Sequential is .*unlink_norms"):
+        net(torch.randn(1, 3, 5, 5))
+    unlink_norms(net)
+    link_norms(net)
+    assert describe_links(net) == {"4": "3.0(relu(1))"}
+    net(torch.randn(1, 3, 5, 5)).sum().backward()
 
 
 def test_hooks_of_convolutions_see_the_network_only():

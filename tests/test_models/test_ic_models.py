@@ -144,7 +144,7 @@ def test_recomputation_changes_nothing():
         torch.manual_seed(1)
         loss = sum(out.square().mean() for out in run(model, x)[1:])
         loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
+        results.append([loss, *(p.grad for p in model.parameters()), *model.buffers()])
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two)
 
