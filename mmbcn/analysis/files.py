@@ -1,6 +1,7 @@
 """Writes the results of an analysis: JSON, tables and figures, each whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def make_folder(path: Path) -> Path:
-    """Make a folder for results, before any is computed; returns it.
+def check_folder(path: Path) -> None:
+    """Check that results can be written to a folder, before any is computed; it is made with them.
 
     Raises:
-        UsageError: there can be none.
+        UsageError: it is a file or lies in one, or may not be written to.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to the folder {path}: {error.strerror}") from error
-    return path
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"cannot write to the folder {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to the folder {path}: no permission to write to {there}")
 
 
 def write_json(content: Any, path: Path) -> Path:

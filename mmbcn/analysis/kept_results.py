@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmbcn.analysis.files import make_folder
+from mmbcn.analysis.files import check_folder
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.errors import UsageError
 
@@ -26,7 +26,7 @@ class KeptResults:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         self.numbers: dict[str, float] = {}
-        make_folder(path.parent)
+        check_folder(path.parent)
         if not path.is_file():
             return
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from mmengine.registry import DATASETS, DefaultScope
 from numpy.typing import NDArray
 
-from mmbcn.analysis.files import make_folder
+from mmbcn.analysis.files import check_folder
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.errors import UsageError
 from mmbcn.inference.predictor import Prediction
@@ -48,7 +48,8 @@ class Results:
         overwrite: bool = False,
     ) -> None:
         self.out, self.kinds = out, list(kinds)
-        record = make_folder(out) / _RECORD
+        check_folder(out)
+        record = out / _RECORD
         there = record.is_file()
         names, self._since = _read(record, settings, overwrite) if there else ({}, 0.0)
         self.sources = name_sources(sources, names)

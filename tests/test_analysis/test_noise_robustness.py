@@ -103,7 +103,8 @@ def test_one_pass_numbers_are_kept_apart_by_batch_size(case, tmp_path):
     [
         (["--levels", "inf"], "must be 0 or more, and finite, got inf"),
         (["--momentum", "5"], "momentum must be above 0 and at most 1, got 5.0"),
-        (["--out", "model.pth"], "cannot write to the folder"),
+        (["--out", "model.pth"], "cannot write to the folder model.pth: model.pth is a file"),
+        (["--out", "model.pth/a/b"], r"cannot write to the folder .*: .*/model\.pth is a file"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_measured(

@@ -1,5 +1,6 @@
 """The analysis tools, run as a user runs them, on a tiny embedded set."""
 
+import copy
 import csv
 import json
 
@@ -92,7 +93,7 @@ def test_checkpoints_of_a_run(tmp_path, cfg):
 @pytest.mark.slow
 def test_other_norms_and_mistakes(tmp_path, cfg):
     path = save(cfg, tmp_path / "bcn.pth", 1, seed=0)
-    gn = cfg.copy()
+    gn = copy.deepcopy(cfg)
     set_norm(gn.model, "gn")
     other = save(gn, tmp_path / "gn.pth", 1, seed=0)
     tool = ("tools/analysis/singularity.py", CONFIG)

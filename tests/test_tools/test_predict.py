@@ -265,7 +265,7 @@ def test_mistakes_write_nothing(predict, made, tmp_path, monkeypatch, options, m
 def test_results_cannot_be_a_file(predict, made):
     code, text = predict(made / "in/a", "--out", made / "config.py")
     assert code == 1
-    assert text.strip().endswith("config.py: File exists")
+    assert text.strip().endswith("config.py is a file")
 
 
 def test_mmseg_inferencer_sees_the_same(predict, made, tmp_path):

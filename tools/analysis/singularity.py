@@ -29,7 +29,7 @@ from _common import (
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmbcn.analysis.files import make_folder, write_csv, write_figure, write_json
+from mmbcn.analysis.files import check_folder, write_csv, write_figure, write_json
 from mmbcn.analysis.images import SplitImages
 from mmbcn.analysis.measured import (
     Measured,
@@ -86,7 +86,8 @@ def main() -> None:
     cfg = read_config(args)
     check_keys(cfg)
     device = check_device(args.device or get_device())
-    out = make_folder(args.out or Path(f"work_dirs/{Path(args.config).stem}_singularity"))
+    out = args.out or Path(f"work_dirs/{Path(args.config).stem}_singularity")
+    check_folder(out)
     models, logged = [], {}
     for source in args.sources:
         if Path(source).is_dir():

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmbcn.analysis.comparison.plan import Rules, Run
 from mmbcn.analysis.comparison.result import DONE, read_result
 from mmbcn.analysis.comparison.settings import check_config, run_config, write_config
-from mmbcn.analysis.files import make_folder
+from mmbcn.analysis.files import check_folder
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.engine.data_check import check_folders
 from mmbcn.errors import UsageError
@@ -91,7 +91,7 @@ def prepare(
         _check_equal(known["rules"], rules, runs, others)
     for run in others:
         check_config(run_config(cfg, run), Place(out, run).config)
-    make_folder(out)
+    check_folder(out)
     for run, own in configs.items():
         write_config(own, Place(out, run).config)
     commands = [*known["commands"], *([command] if command not in known["commands"] else [])]
