@@ -4,6 +4,7 @@ A name is a normalization, with ``_ws`` behind it where every convolution that a
 weight-standardized too (Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
 """
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from mmbcn.layers import (
     link_norms,
 )
 from mmbcn.layers.foreign import drop_and_activate, eps_of, has_hooks
+from mmbcn.layers.kn import LEARNED
 
 Cfg = TypeVar("Cfg", bound=dict)
 _LOGGER = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, detect
 # whose forward is what the name says; a subclass may inherit it, but not change it
 _KNOWN = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
 _TIMM = ("timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")  # nn.GroupNorm's, but faster
+# settings that layers of one class keep
+_SETTINGS = ("sync", "process_group", "warmup", "q", "transition")
 _UNUSABLE: set[str] = set()  # scopes whose package is installed, but does not import
 _LINKED = "mmbcn.norms.linked_model"  # the type that builds a model and links its norms
 
@@ -285,12 +289,14 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
     batch-channel norms; LayerNorm stays. Per-channel affines and running statistics carry over
     (into the batch stage of a batch-channel norm; weights that are all zero, of zero-initialised
     residual branches, into its group stage), with eps, momentum, device, dtype, mode and
-    ``requires_grad``. With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows, in the
-    order of their definition, becomes a `WSConv2d` on the same parameter; a final classifier has
-    none behind it and stays. Those that stay are logged. Without,
-    a `WSConv2d` becomes an ``nn.Conv2d`` on its standardized weights. Norms that look at the layers
-    before them are linked to these, see `mmbcn.layers.link_norms`. Convert before the optimizer is
-    built: the norms' parameters are new ones.
+    ``requires_grad``, and between norms of one kind all else, as the number of groups.
+
+    With ``_ws``, each ``nn.Conv2d`` that a norm of its width follows, in the order of their
+    definition, becomes a `WSConv2d` on the same parameter; a final classifier has none behind it
+    and stays. Those that stay are logged. Without, a `WSConv2d` becomes an ``nn.Conv2d`` on its
+    standardized weights. Norms that look at the layers before them are linked to these, see
+    `mmbcn.layers.link_norms`. Convert before the optimizer is built: the norms' parameters are new
+    ones.
 
     Args:
         module: the model, changed in place.
@@ -436,14 +442,21 @@ def _new_norm(old: nn.Module, base: str, like: torch.Tensor | None) -> nn.Module
     options = {k: v for k, v in cfg.items() if k != "type"}
     if cls is nn.BatchNorm2d and type(old) in (nn.BatchNorm1d, nn.BatchNorm3d):
         cls = type(old)  # they check the input's dimensions
-    if "momentum" in inspect.signature(cls).parameters and hasattr(old, "momentum"):
-        options["momentum"] = old.momentum
-    if isinstance(old, BatchChannelNorm) and issubclass(cls, BatchChannelNorm):
+    kept = ("momentum", *(_SETTINGS if type(old) is cls else ()))
+    known = inspect.signature(cls).parameters
+    options |= {key: getattr(old, key) for key in kept if key in known and hasattr(old, key)}
+    two_stages = isinstance(old, BatchChannelNorm), issubclass(cls, BatchChannelNorm)
+    if all(two_stages) or (base == "gn" and _has_groups(old)):
         options["num_groups"] = old.num_groups
     new = cls(_width(old), eps=eps_of(old), **options)
-    inner = isinstance(old, BatchChannelNorm) and not isinstance(new, BatchChannelNorm)
-    state = (old.bn if inner else old).state_dict()
-    if not isinstance(new, BatchChannelNorm):
+    if isinstance(old, KN) and isinstance(new, KN):
+        for key in LEARNED:
+            new.register_parameter(key, copy.deepcopy(getattr(old, key)))
+    if like is not None:
+        new.to(like.device, like.dtype)
+    stage = old.bn if two_stages == (True, False) else old
+    state = stage.state_dict()
+    if not two_stages[1]:
         known = new.state_dict()
         state = {k: v for k, v in state.items() if k in known}
     if "weight" in state and isinstance(old, NoNorm) != isinstance(new, NoNorm):  # one factor
@@ -451,16 +464,24 @@ def _new_norm(old: nn.Module, base: str, like: torch.Tensor | None) -> nn.Module
         state["weight"] = weight.mean()[None] if cls is NoNorm else weight.expand(_width(old))
     if state:
         new.load_state_dict(state, strict=False)
-    if isinstance(new, BatchChannelNorm) and not new.bn.weight.any():  # zero-init residual
+    if two_stages[1] and not (new.bn.weight.is_meta or new.bn.weight.any()):  # zero-init residual
         nn.init.ones_(new.bn.weight)
         nn.init.zeros_(new.weight)
-    if like is not None:
-        new.to(like.device, like.dtype)
-    new.requires_grad_(all(p.requires_grad for p in old.parameters()))
+    trained = {key: p.requires_grad for key, p in stage.named_parameters()}
+    if two_stages == (False, True):
+        trained = {f"bn.{key}": mode for key, mode in trained.items()}
+    for key, parameter in new.named_parameters():
+        parameter.requires_grad_(trained.get(key, all(trained.values())))
     if hasattr(old, "act") and hasattr(old, "drop"):  # timm's norms that end in an activation
         new.drop, new.act = old.drop, old.act
         new.register_forward_hook(drop_and_activate)
     return new.train(old.training)
+
+
+def _has_groups(norm: nn.Module) -> bool:
+    """Whether it is a group normalization, and neither a layer nor an instance normalization."""
+    plain = isinstance(norm, nn.GroupNorm) and not isinstance(norm, BatchChannelNorm)
+    return plain and 1 < norm.num_groups < norm.num_channels
 
 
 def _new_conv(cls: type[nn.Conv2d], old: nn.Conv2d) -> nn.Conv2d:

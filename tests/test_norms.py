@@ -504,6 +504,55 @@ def test_convert_norms_without_parameters_takes_the_dtype_of_the_layer_before(na
     assert net[2].weight.dtype == torch.float32
 
 
+def test_convert_within_a_kind_keeps_its_settings():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), mmbcn.KN(8, q=0.9), nn.ReLU(),
+        nn.Conv2d(8, 8, 1), mmbcn.KN(8, q=0.9, transition="linear"),
+    )  # fmt: skip
+    mmbcn.layers.link_norms(net)
+    with torch.no_grad():
+        net[4].transition_weight.mul_(3)
+    learned = net[4].state_dict()
+    net = convert_norm(net, "kn_ws")
+    assert (net[1].q, net[4].q, net[4].transition) == (0.9, 0.9, "linear")
+    assert net[4].state_dict().keys() == learned.keys()
+    assert all(torch.equal(value, learned[key]) for key, value in net[4].state_dict().items())
+    assert convert_norm(net, "bn")[4].state_dict().keys() == nn.BatchNorm2d(8).state_dict().keys()
+    assert convert_norm(MicroBCN(8, 2, warmup=False), "microbcn_ws").warmup is False
+    assert convert_norm(MicroBCN(8, 2, sync=True), "microbcn").sync is True
+    assert convert_norm(nn.GroupNorm(2, 16), "gn_ws").num_groups == 2
+    for other in (nn.GroupNorm(1, 64), nn.GroupNorm(64, 64), nn.BatchNorm2d(64)):
+        assert convert_norm(other, "gn").num_groups == 32
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn", "gn"])
+@pytest.mark.parametrize("trained", [(True, False), (False, True), (False, False)])
+def test_convert_keeps_which_parameters_train(name, trained):
+    def modes(layer):
+        return tuple(p.requires_grad for p in (layer.weight, layer.bias))
+
+    old = nn.BatchNorm2d(4)
+    for parameter, mode in zip((old.weight, old.bias), trained, strict=True):
+        parameter.requires_grad_(mode)
+    new = convert_norm(old, name)
+    assert modes(new.bn if name == "bcn" else new) == trained
+    if name == "bcn":
+        assert modes(new) == (False, False)
+        assert modes(convert_norm(new, "bn")) == trained
+
+
+@pytest.mark.parametrize("name", [n for n in norm_names() if not n.startswith("ic")])
+def test_convert_on_the_meta_device(name):
+    """A model that has no values yet; back, as two kinds of state are read."""
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        net.append(nn.Conv2d(16, 8, 1)).append(nn.BatchNorm2d(8))
+    for one in (name, "bcn_ws", name):
+        net = convert_norm(net, one)
+        assert all(t.is_meta for t in (*net.parameters(), *net.buffers()))
+    assert net.eval()(torch.zeros(2, 3, 9, 9, device="meta")).shape == (2, 8, 7, 7)
+
+
 def test_convert_loses_nothing():
     class Doubling(nn.BatchNorm2d):
         def forward(self, x):

@@ -27,7 +27,7 @@ from mmbcn.ops import channel_moments, kalman_norm, update_estimates
 from mmbcn.registry import register_norm
 
 TRANSITIONS = ("conv", "linear")
-_LEARNED = ("transition_weight", "transition_noise")
+LEARNED = ("transition_weight", "transition_noise")
 
 
 @register_norm
@@ -102,7 +102,7 @@ class KN(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum)
         self.q = q
         self.transition = transition
-        for name in _LEARNED:
+        for name in LEARNED:
             self.register_parameter(name, None)
         self.passes = Passes()
 
@@ -126,7 +126,7 @@ class KN(nn.BatchNorm2d):
             weight = torch.eye(self.num_features, link.conv.in_channels).to(self.weight)
             noise = torch.zeros_like(self.weight)
             if getattr(self.transition_weight, "shape", None) != weight.shape:
-                for name, value in zip(_LEARNED, (weight, noise), strict=True):
+                for name, value in zip(LEARNED, (weight, noise), strict=True):
                     self.register_parameter(name, nn.Parameter(value, self.weight.requires_grad))
         self.links = links
 
@@ -219,7 +219,7 @@ class KN(nn.BatchNorm2d):
         return {name: value for name, value in vars(self).items() if name != "links"}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in _LEARNED:  # BatchNorm's have none: the learned transition starts anew
+        for name in LEARNED:  # BatchNorm's have none: the learned transition starts anew
             if getattr(self, name) is not None:
                 state_dict.setdefault(prefix + name, getattr(self, name).detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
