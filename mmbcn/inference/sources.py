@@ -100,16 +100,16 @@ def name_sources(sources: Sequence[Source], known: Mapping[str, str]) -> dict[st
     given = {path: name for name, path in known.items()}
     stems = Counter(source.path.with_suffix("") for source in sources)
     named: dict[str, Source] = {}
-    taken: set[PurePath] = set()
+    taken = _Taken()
     for name, path in known.items():
-        taken |= _results(name, Source(Path(path), Path(path)))
+        taken.add(_results(name, Source(Path(path), Path(path))))
     for source in sources:
         name = given.get(str(source.path))
         if name is None:
             whole = source.is_video or stems[source.path.with_suffix("")] > 1
             choice = _candidates(source, whole)
-            name = next(n for n in choice if _is_free(_results(n, source), taken))
-            taken |= _results(name, source)
+            name = next(n for n in choice if taken.leaves(_results(n, source)))
+            taken.add(_results(name, source))
         named[name] = source
     return named
 
@@ -125,11 +125,25 @@ def _results(name: str, source: Source) -> set[PurePath]:
     return set(map(PurePath, files))
 
 
-def _is_free(files: set[PurePath], taken: set[PurePath]) -> bool:
-    """Whether no file is taken, lies in one, or has to be a folder."""
-    within = {parent for file in files for parent in file.parents}
-    above = {parent for file in taken for parent in file.parents}
-    return not (files & taken or within & taken or files & above)
+class _Taken:
+    """Files that have names, and the folders that they lie in."""
+
+    def __init__(self) -> None:
+        self._files: set[PurePath] = set()
+        self._folders: set[PurePath] = set()
+
+    def add(self, files: set[PurePath]) -> None:
+        """Take these."""
+        self._files |= files
+        self._folders |= _folders(files)
+
+    def leaves(self, files: set[PurePath]) -> bool:
+        """Whether no file is taken, lies in one, or has to be a folder."""
+        return not ((files | _folders(files)) & self._files or files & self._folders)
+
+
+def _folders(files: set[PurePath]) -> set[PurePath]:
+    return {parent for file in files for parent in file.parents}
 
 
 def _candidates(source: Source, whole: bool) -> Iterator[str]:
