@@ -327,9 +327,9 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
     names = {m: n for n, m in module.named_modules()}
     layers = list(_layers(module))
     swaps: dict[nn.Module, nn.Module] = {}
-    like = next(iter(_floats(module)), None)
+    like = next(_floats(module), None)
     for layer, follower in zip(layers, [*layers[1:], None], strict=True):
-        like = next(iter(_floats(layer)), like)
+        like = next(_floats(layer), like)
         if _width(layer) or "running_mean" in layer._buffers:
             _check_norm(layer, names[layer])
             swaps[layer] = _new_norm(layer, base, like)
@@ -350,9 +350,9 @@ def convert_norm(module: nn.Module, name: str) -> nn.Module:
             f"convert_norm found no BatchNorm, GroupNorm or InstanceNorm in "
             f"{type(module).__name__} to convert to {name!r}"
         )
-    plain = [names[m] for m in layers if ws and isinstance(m, nn.Conv2d) and m not in swaps]
-    plain = [name for name in plain if not isinstance(module.get_submodule(name), WSConv2d)]
-    if plain:
+    convs = [layer for layer in layers if isinstance(layer, nn.Conv2d) and layer not in swaps]
+    plain = [names[conv] for conv in convs if not isinstance(conv, WSConv2d)]
+    if ws and plain:
         _LOGGER.info("convert_norm: weights that are not standardized: %s", ", ".join(plain))
     for parent in list(module.modules()):
         for key, child in parent._modules.items():

@@ -35,11 +35,10 @@ class KeptResults:
             self.numbers = {name: float(number) for name, number in dict(kept["numbers"]).items()}
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} holds no results of this tool: move it away") from error
-        keys = [k for k in {**theirs, **self.settings} if theirs.get(k) != self.settings.get(k)]
-        if keys:
-            changes = (f"{k} {theirs.get(k)} there, {self.settings.get(k)} now" for k in keys)
+        changes = describe_changes(theirs, self.settings)
+        if changes:
             raise UsageError(
-                f"{path} holds results of other settings ({'; '.join(changes)}): give another "
+                f"{path} holds results of other settings ({changes}): give another "
                 "--out, or remove it to measure anew"
             )
 
@@ -55,6 +54,12 @@ class KeptResults:
             part.write_text(
                 json.dumps(dict(settings=self.settings, numbers=self.numbers), indent=1) + "\n"
             )
+
+
+def describe_changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The settings that differ between kept results and new ones; empty: none."""
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return "; ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} now" for key in keys)
 
 
 def digest(*contents: Any) -> str:

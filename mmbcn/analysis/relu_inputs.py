@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmbcn.layers import FrozenBN
+from mmbcn.layers.foreign import is_frozen
 from mmbcn.layers.one_run import SAME_VALUES, Origins
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBN)
@@ -44,7 +45,7 @@ def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if module in seen:
             return
         seen.add(module)
-        if isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d":
+        if isinstance(module, _NORMS) or is_frozen(module):
             yield name or type(module).__name__, module
         else:
             for key, child in module.named_children():

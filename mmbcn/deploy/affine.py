@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from mmbcn.layers import BCN, KN, AffineInstanceNorm, BatchChannelNorm, FrozenBN, NoNorm, WSConv2d
-from mmbcn.layers.foreign import eps_of
+from mmbcn.layers.foreign import eps_of, is_frozen
 from mmbcn.ops import standardize_weight
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, float64
@@ -43,8 +43,7 @@ def is_standardized(module: nn.Module) -> bool:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether it is, in eval, affine for each channel and nothing else."""
-    frozen = type(module).__name__ == "FrozenBatchNorm2d"  # torchvision's and detectron2's
-    return _runs_as(module, _BATCH_NORMS) or frozen
+    return _runs_as(module, _BATCH_NORMS) or is_frozen(module)
 
 
 def is_batch_channel_norm(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
 
 from mmbcn.errors import UsageError
 
@@ -12,6 +13,19 @@ _STATE_POWERS = {
     **dict.fromkeys(("momentum_buffer", "exp_avg"), -1),  # gradients
     **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq"), -2),  # squares of gradients
 }
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Check, before it has any, that what an optimizer will keep is known.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    if not isinstance(optimizer, (SGD, Adam, AdamW)):
+        raise UsageError(
+            f"ENormHook does not know how what {type(optimizer).__name__} remembers goes with "
+            "the scale of weights: use SGD, Adam or AdamW"
+        )
 
 
 def with_memory(

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmbcn.equalization.rules import Rules
 from mmbcn.layers import FrozenBN
+from mmbcn.layers.foreign import is_frozen
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBN)
 _NORM_OPS = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")
@@ -70,7 +71,7 @@ class Trace(TorchDispatchMode):
         self.idle = list(self._unused.values())
 
     def _watch(self, module: nn.Module, title: str) -> list[Any]:
-        norm = isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d"
+        norm = isinstance(module, _NORMS) or is_frozen(module)
         leaf = norm or not list(module.children())
 
         def enter(*_: Any) -> None:

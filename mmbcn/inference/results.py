@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from numpy.typing import NDArray
 
 from mmbcn.analysis.files import check_folder
+from mmbcn.analysis.kept_results import describe_changes
 from mmbcn.checkpoints.write import whole_file
 from mmbcn.errors import UsageError
 from mmbcn.inference.predictor import Prediction
@@ -50,8 +51,9 @@ class Results:
         self.out, self.kinds = out, list(kinds)
         check_folder(out)
         record = out / _RECORD
-        there = record.is_file()
-        names, self._since = _read(record, settings, overwrite) if there else ({}, 0.0)
+        names, self._since = {}, 0.0
+        if record.is_file():
+            names, self._since = _read(record, settings, overwrite)
         self.sources = name_sources(sources, names)
         names |= {name: str(source.path) for name, source in self.sources.items()}
         with whole_file(record, "record") as part:
@@ -125,9 +127,8 @@ def _read(
         since = float(kept["since"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{record} is no record of this tool: give another --out") from error
-    keys = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
-    if keys and not overwrite:
-        changes = "; ".join(f"{k} {theirs.get(k)} there, {settings.get(k)} now" for k in keys)
+    changes = describe_changes(theirs, settings)
+    if changes and not overwrite:
         raise UsageError(
             f"{record.parent} holds predictions made with other settings ({changes}): give another "
             "--out, or --overwrite to make them anew"

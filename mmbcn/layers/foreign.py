@@ -5,6 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether it is the frozen BatchNorm of torchvision, detectron2 or DETR, by its name."""
+    return type(module).__name__ == "FrozenBatchNorm2d"
+
+
 def eps_of(norm: nn.Module) -> float:
     """The eps of a norm; some ``FrozenBatchNorm2d`` have 1e-5 in their forward alone."""
     return getattr(norm, "eps", 1e-5)

@@ -37,9 +37,8 @@ def load(args: argparse.Namespace, cfg: Config) -> tuple[nn.Module, dict[str, st
     """The model with the checkpoint's weights, and what tells it from others."""
     path = fetch(args.checkpoint)
     checkpoint = read_checkpoint(path, trust_pickle=args.trust_pickle)
-    return load_segmentor(cfg, checkpoint, args.checkpoint)[0], fingerprint(
-        path, cfg, "test_evaluator"
-    )
+    model, _ = load_segmentor(cfg, checkpoint, args.checkpoint)
+    return model, fingerprint(path, cfg, "test_evaluator")
 
 
 def title(args: argparse.Namespace, details: str) -> str:

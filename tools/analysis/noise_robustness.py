@@ -11,7 +11,6 @@ Example:
 
 import argparse
 import sys
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,8 +64,8 @@ def main() -> None:
     args = parse_args()
     if args.chips < 1 or min(args.levels) <= 0:
         raise UsageError("--chips must be 1 or more, and --levels above 0")
-    for kind, level in product(args.noise, args.levels):
-        check_noise(kind, level, seed=0)
+    for level in args.levels:
+        check_noise(args.noise[0], level, seed=0)
     check_momentum(args.momentum)
     cfg = read_config(args)
     out = args.out or Path(f"work_dirs/{Path(args.config).stem}_noise")

@@ -5,9 +5,10 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from mmbcn.analysis.equalize import segmentor_equalizer
+from mmbcn.equalization.memory import check_optimizer
 from mmbcn.errors import UsageError
 from mmbcn.registry import HOOKS
 
@@ -42,11 +43,7 @@ class ENormHook(Hook):
         if isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise UsageError("ENormHook follows one optimizer, and the config has several")
         optimizer = runner.optim_wrapper.optimizer
-        if not isinstance(optimizer, (SGD, Adam, AdamW)):
-            raise UsageError(
-                f"ENormHook does not know how what {type(optimizer).__name__} remembers goes with "
-                "the scale of weights: use SGD, Adam or AdamW"
-            )
+        check_optimizer(optimizer)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self._equalizer = segmentor_equalizer(model, self.c, self.ignore_norms)
         runner.logger.info(f"ENorm balances {self._equalizer.balanced} channels after each step")
