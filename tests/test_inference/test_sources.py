@@ -65,6 +65,8 @@ def test_no_name_is_in_the_way_of_anothers_results(tree):
     assert not any(a in b.parents for a in results for b in results), found
     known = {name: str(tree / path) for name, path in found.items()}
     assert names("in/d", "in/c", known=known) == found
+    other_order = {"a.png/x": "c/a.png/x.png", "c/a": "c/a.jpg"}
+    assert names("in/c/*/x.png", "in/c/a.jpg") == other_order
 
 
 def test_each_file_once_and_none_of_the_results(tree):
